@@ -1,0 +1,35 @@
+"""Low-precision training and inference for JAX and Flax.
+
+``import lowprec_jax as lp`` gives every part by name (``lp.nnx``, ``lp.linen``, ``lp.ops``, ...);
+a part is imported when it is first used, so that the root imports neither Flax nor Optax.
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_PARTS = (
+    "data",
+    "linen",
+    "models",
+    "nnx",
+    "numerics",
+    "ops",
+    "optim",
+    "recipes",
+    "sharding",
+    "state",
+    "training",
+)
+__all__ = ["__version__", *_PARTS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(_PARTS)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PARTS])
