@@ -1,0 +1,59 @@
+"""amax and scale: what a tensor's range is, and what maps it onto a format. Pure functions.
+
+One convention everywhere: ``x ≈ data * scale``. The scale multiplies on the way back; quantizing
+multiplies with its reciprocal. Transformer Engine and torchao store the reciprocal.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowprec_jax.numerics.formats import Format
+
+# Within these bounds a scale and its reciprocal are finite, normal f32 numbers.
+MIN_SCALE = 2.0**-126
+MAX_SCALE = 2.0**126
+# XLA flushes subnormal f32 to zero on CPU: an amax below this counts as zero everywhere.
+MIN_AMAX = 2.0**-126
+
+
+def compute_amax(x: jax.Array) -> jax.Array:
+    """Largest magnitude, f32 []: NaN if any element is NaN, Inf if any is infinite, 0 if empty."""
+    return jnp.max(jnp.abs(x).astype(jnp.float32), initial=jnp.float32(0))
+
+
+def usable(amax: jax.Array) -> jax.Array:
+    """Whether an amax says something about the range: a normal, finite f32 number."""
+    return (amax >= MIN_AMAX) & (amax < jnp.inf)
+
+
+def scale_from_amax(
+    amax: jax.Array, fmt: Format, *, margin: int = 0, fallback: jax.Array | float = 1.0
+) -> jax.Array:
+    """Turns an amax into the scale that maps it onto the format's largest value.
+
+    ``scale = amax * (1 / fmt.max) * 2**margin``, with the reciprocal rounded to f32 once, so that
+    compiled code, eager code and NumPy agree bit for bit. Where `amax` is zero, subnormal or not
+    finite the result is `fallback`. The scale and its reciprocal are always finite and positive.
+
+    Args:
+      amax: largest magnitude, f32, any shape.
+      fmt: target format; only ``fmt.max`` is read.
+      margin: powers of two of head-room; 1 halves the largest code used.
+      fallback: scale where `amax` is unusable, f32, > 0, broadcastable to `amax`.
+
+    Returns:
+      Scale, f32, of the shape of `amax`: ``x ≈ data * scale``.
+
+    Source: DelayedScaling, NVIDIA/TransformerEngine, common/recipe/__init__.py.
+    Differs from: that source and torchao, which store the reciprocal; TE-JAX, whose scale
+      overflows for a tiny amax.
+    """
+    factor = np.float32(1) / np.float32(fmt.max) * np.float32(2.0**margin)
+    scale = jnp.clip(amax * factor, MIN_SCALE, MAX_SCALE)
+    return jnp.where(usable(amax), scale, fallback)
+
+
+def reciprocal(scale: jax.Array) -> jax.Array:
+    """1 / scale, f32: the factor that quantizing multiplies with."""
+    return jnp.float32(1) / scale
