@@ -28,7 +28,9 @@ __all__ = ["__version__", *_PARTS]  # noqa: PLE0604
 def __getattr__(name: str) -> ModuleType:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(_PARTS)}.")
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(_PARTS)}."
+    )
 
 
 def __dir__() -> list[str]:

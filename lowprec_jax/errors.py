@@ -1,20 +1,55 @@
-"""What a person did wrong, said so that they can put it right."""
+"""Errors of people who run a program, and the words that help them.
+
+Imports nothing of the package. Public names: `UserError`, `ConfigError`, `nearest`,
+`did_you_mean`.
+"""
 
 import difflib
 from collections.abc import Iterable
 
+__all__ = ["ConfigError", "UserError", "did_you_mean", "nearest"]
+
 
 class UserError(ValueError):
-    """Bad input of a person who runs a program; shown as one paragraph with exit code 2."""
+    """Bad input of a person who runs a program.
+
+    Shown as one paragraph with exit code 2, without a traceback. Its message says what
+    failed, what was given, what is allowed and what to do.
+    """
+
+
+class ConfigError(UserError):
+    """A config file or a command-line override is wrong; the message names the key."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like `word`, or None when none is close."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return matches[0] if matches else None
+    """Returns the known word most like `word`, or None when none is alike.
+
+    Letter case is ignored. Ties go to the word that comes first in the alphabet.
+
+    Args:
+      word: what was given.
+      known: what is allowed; may be empty.
+
+    Example:
+      >>> nearest("delayd", ["none", "delayed"])
+      'delayed'
+    """
+    by_lower = {candidate.lower(): candidate for candidate in sorted(known, reverse=True)}
+    matches = difflib.get_close_matches(word.lower(), sorted(by_lower), n=1, cutoff=0.6)
+    return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for an error message, or nothing when no known word is close."""
+    """Returns ``" Did you mean 'x'?"`` (with its leading space), or "" when nothing is alike.
+
+    Args:
+      word: what was given.
+      known: what is allowed; may be empty.
+
+    Example:
+      >>> did_you_mean("delayd", ["none", "delayed"])
+      " Did you mean 'delayed'?"
+    """
     match = nearest(word, known)
-    return f" Did you mean {match!r}?" if match else ""
+    return f" Did you mean {match!r}?" if match is not None else ""

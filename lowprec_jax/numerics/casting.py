@@ -76,9 +76,9 @@ def upcast(codes: jax.Array, dtype=jnp.float32) -> jax.Array:
 
 def _clip(x: jax.Array, fmt: Format) -> jax.Array:
     """Saturates by selection: `jnp.clip` would flush f32 subnormals to zero on XLA:CPU."""
-    wide = x if jnp.finfo(x.dtype).max >= fmt.max else x.astype(jnp.float32)
-    limit = jnp.asarray(fmt.max, wide.dtype)
-    return jnp.where(wide > limit, limit, jnp.where(wide < -limit, -limit, wide))
+    wide = x.astype(jnp.float32)  # in bf16 the limit 65504 of f16 would round to 65536
+    limit = jnp.float32(fmt.max)
+    return jnp.where(jnp.abs(wide) > limit, jnp.sign(wide) * limit, wide)
 
 
 def _round_to_code(x: jax.Array, fmt: Format, key: jax.Array | None) -> jax.Array:

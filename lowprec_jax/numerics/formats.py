@@ -72,9 +72,17 @@ class Format:
 
     @functools.cached_property
     def overflow_bound(self) -> float:
-        """Largest magnitude that rounds to `max`: half a step above it. Beyond, a cast saturates."""
+        """Largest f32 magnitude that rounds to `max`; beyond, casts clip.
+
+        Half a step above `max`, or the f32 number below that where the tie would round up to an
+        even mantissa (e5m2: 61440 overflows; e4m3fn: 464 does not).
+        """
         top_exponent = math.frexp(self.max)[1] - 1
-        return self.max + math.ldexp(1.0, top_exponent - self.mantissa_bits - 1)
+        tie = self.max + math.ldexp(1.0, top_exponent - self.mantissa_bits - 1)
+        if round(math.ldexp(self.max, self.mantissa_bits - top_exponent)) % 2 == 0:
+            return tie
+        widest = float(np.finfo(np.float32).max)
+        return float(np.nextafter(np.float32(tie), np.float32(0))) if tie < widest else widest
 
     @functools.cached_property
     def nan_code(self) -> int:

@@ -49,7 +49,9 @@ def scale_from_amax(
     Differs from: that source and torchao, which store the reciprocal; TE-JAX, whose scale
       overflows for a tiny amax.
     """
-    factor = np.float32(1) / np.float32(fmt.max) * np.float32(2.0**margin)
+    # Beyond 2**126 (bf16, f32) the reciprocal would be subnormal, which XLA:CPU flushes to zero.
+    factor = np.maximum(np.float32(1) / np.float32(fmt.max), np.float32(MIN_SCALE))
+    factor *= np.float32(2.0**margin)
     scale = jnp.clip(amax * factor, MIN_SCALE, MAX_SCALE)
     return jnp.where(usable(amax), scale, fallback)
 

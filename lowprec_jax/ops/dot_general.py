@@ -1,0 +1,315 @@
+"""The quantized `dot_general`: three GEMMs with formats of their own.
+
+Forward: quantize both operands, multiply the codes, scale the product. Backward: quantize the output
+gradient, multiply it with the codes kept from the forward pass. They are kept as u8:
+`jax.checkpoint` passes f8 residuals through `reduce_precision(4, 3)`, which turns every e4m3fn code
+of 256 and above into NaN, and XLA:CPU cannot update slices of an f8 stack in place.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lowprec_jax import compat
+from lowprec_jax.numerics import (
+    Format,
+    ScaledArray,
+    compute_amax,
+    quantize,
+    range_statistics,
+    scale_from_amax,
+)
+from lowprec_jax.ops import backends, sinks
+from lowprec_jax.ops.dimensions import Dimensions, DotDimensions
+from lowprec_jax.recipes import Recipe, Role, State, get_recipe, history_amax
+
+# One side of a GEMM: quantized, or as it is for a GEMM in high precision.
+Operand = ScaledArray | jax.Array
+
+
+def dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    *,
+    recipe: Recipe | str,
+    state: Mapping[str, Any] | None = None,
+    rhs_quantized: ScaledArray | None = None,
+    out_sharding=None,
+    backend: str | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general`, computed as a recipe says.
+
+    With delayed scaling, `state` gives the scales. Its entry ``"sink"`` takes what the op observes:
+    a ref, an `IndexedSink` or a `Probe` (`lowprec_jax.state` makes them). Without a sink nothing is
+    observed, as in evaluation. A state that has a sink but no ``amax_history`` is being calibrated:
+    the op computes in high precision and only observes.
+
+    Args:
+      lhs: float array.
+      rhs: float array.
+      dimension_numbers: as in `jax.lax.dot_general`.
+      precision: for GEMMs that the recipe leaves in high precision.
+      preferred_element_type: type of the result; default: the promoted type of the operands.
+      recipe: a recipe or its name.
+      state: scaling state of this call site, needed with delayed scaling.
+      rhs_quantized: `rhs` already quantized (gathered as FP8, or once for many micro-batches). The
+        value is computed from these codes; the gradient goes to `rhs`.
+      out_sharding: sharding of the result on a mesh with explicit axes.
+      backend: see `lowprec_jax.ops.backends.dot`.
+
+    Returns:
+      The product, of `preferred_element_type`; scaled in f32 before it is converted.
+
+    Raises:
+      ValueError: delayed scaling without a state, or differentiated without a sink; `rhs_quantized`
+        in another format than the recipe's.
+      TypeError: a sink that is an array.
+
+    Differs from: Flax `fp8_ops` and Transformer Engine, which return the next state as a gradient
+      (summed when a layer is used twice, zeroed when it is not used).
+    """
+    recipe = get_recipe(recipe)
+    if not recipe.quantizes:
+        return lax.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    sink, amax = _read_state(recipe, state)
+    if recipe.delayed and amax is None:
+        recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
+    axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
+    lhs, rhs = compat.to_varying(lhs, axes), compat.to_varying(rhs, axes)
+    like_lhs, like_rhs = _Like.of(lhs, rhs)
+    call = _Call(
+        recipe=recipe,
+        dims=Dimensions.of(lhs.ndim, rhs.ndim, dimension_numbers),
+        dtype=jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)),
+        precision=precision,
+        out_sharding=out_sharding,
+        backend=backend,
+        lhs=like_lhs,
+        rhs=like_rhs,
+    )
+    return _dot(call, lhs, rhs, amax, sink, _checked_codes(rhs_quantized, recipe))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Like:
+    """Type and explicit sharding that the gradient of an operand must have."""
+
+    dtype: Any
+    sharding: Any
+
+    @classmethod
+    def of(cls, *operands: jax.Array) -> "list[_Like]":
+        shardings = compat.explicit_shardings(*operands)
+        return [cls(x.dtype, s) for x, s in zip(operands, shardings, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static in one call."""
+
+    recipe: Recipe
+    dims: Dimensions
+    dtype: Any
+    precision: Any
+    out_sharding: Any
+    backend: str | None
+    lhs: _Like
+    rhs: _Like
+
+
+def _read_state(recipe: Recipe, state: Mapping[str, Any] | None):
+    """The sink or None; the amax f32[3] that scales come from, None if they do not come from it."""
+    state = state or {}
+    sink = state.get("sink")
+    if sink is not None:
+        sinks.check_sink(sink)
+    if recipe.delayed and "amax_history" in state:
+        return sink, lax.stop_gradient(history_amax(state))
+    if recipe.delayed and sink is None:
+        raise ValueError(
+            f"Recipe {recipe.name!r} takes its scales from state, but the op got none. Pass "
+            "state=lowprec_jax.recipes.init_state(recipe), or the layer's state. 'fp8_current' "
+            "needs none."
+        )
+    return sink, None
+
+
+def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray | None:
+    if quantized is None or recipe.fwd is None:
+        return None
+    if quantized.format != recipe.fwd.right:
+        raise ValueError(
+            f"rhs_quantized is {quantized.format}, but recipe {recipe.name!r} multiplies "
+            f"{recipe.fwd.right}; quantize it to that."
+        )
+    return _as_bytes(quantized)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(call: _Call, lhs, rhs, amax, sink, codes):
+    out, _, seen = _forward(call, lhs, rhs, amax, codes, observe=sink is not None)
+    if sink is not None:
+        sinks.write(sink, _observation(seen))
+    return out
+
+
+def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
+    if sink is None and call.recipe.delayed:
+        raise ValueError(
+            f"A layer with recipe {call.recipe.name!r} is differentiated without a sink: its "
+            "scales would never follow the data. Use value_and_grad of lowprec_jax.nnx, "
+            "lowprec_jax.linen or lowprec_jax.state instead of JAX's or Flax's, or make_sinks in a "
+            "loop of your own."
+        )
+    out, kept, seen = _forward(call, lhs, rhs, amax, codes, observe=sink is not None)
+    return out, (*kept, amax, seen, sink)
+
+
+def _forward(call: _Call, lhs, rhs, amax, codes, *, observe: bool):
+    recipe, dims = call.recipe, call.dims
+    left = _forms(lhs, Role.LHS, amax, recipe)
+    right = _forms(rhs, Role.RHS, amax, recipe)
+    if codes is not None:
+        right[codes.format] = _as_codes(codes)
+    fwd = recipe.fwd
+    out = _multiply(
+        left[fwd and fwd.left], right[fwd and fwd.right], dims.forward, call, call.out_sharding
+    )
+    kept_lhs = _keep(left[recipe.wgrad and recipe.wgrad.left], "quantized_lhs", dims.lhs_to_wgrad)
+    kept_rhs = _keep(right[recipe.dgrad and recipe.dgrad.right], "quantized_rhs")
+    seen = None
+    if observe:
+        seen = {
+            Role.LHS: _observe(lhs, Role.LHS, left, recipe),
+            Role.RHS: _observe(rhs, Role.RHS, right, recipe),
+        }
+    return out.astype(call.dtype), (kept_lhs, kept_rhs), seen
+
+
+def _bwd(call: _Call, residuals, grad):
+    kept_lhs, kept_rhs, amax, seen, sink = residuals
+    recipe, dims = call.recipe, call.dims
+    forms = _forms(grad, Role.OUTPUT_GRAD, amax, recipe)
+    dlhs = _multiply(
+        forms[recipe.dgrad and recipe.dgrad.left],
+        _as_codes(kept_rhs),
+        dims.dgrad,
+        call,
+        compat.permute_sharding(call.lhs.sharding, _inverse(dims.dgrad_to_lhs)),
+        backward=True,
+    ).transpose(dims.dgrad_to_lhs)
+    drhs = _multiply(
+        _as_codes(kept_lhs),
+        forms[recipe.wgrad and recipe.wgrad.right],
+        dims.wgrad,
+        call,
+        compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
+        backward=True,
+    ).transpose(dims.wgrad_to_rhs)
+    probe = None
+    if sink is not None:
+        seen = {**seen, Role.OUTPUT_GRAD: _observe(grad, Role.OUTPUT_GRAD, forms, recipe)}
+        probe = sinks.write(sink, _observation(seen))
+    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
+
+
+_dot.defvjp(_fwd, _bwd)
+
+
+def _forms(x: jax.Array, role: Role, amax, recipe: Recipe) -> dict[Format | None, Operand]:
+    """An operand in every form its GEMMs need: by format, and as it is under None."""
+    needed = [fmt for fmt in recipe.formats_of(role) if fmt is not None]
+    forms: dict[Format | None, Operand] = {None: x}
+    if needed:
+        known = compute_amax(x) if amax is None else amax[role]
+    for fmt in needed:
+        forms[fmt] = quantize(x, fmt, scale_from_amax(known, fmt, margin=recipe.margin))
+    return forms
+
+
+def _multiply(
+    left: Operand,
+    right: Operand,
+    dimensions: DotDimensions,
+    call: _Call,
+    out_sharding,
+    *,
+    backward: bool = False,
+) -> jax.Array:
+    """``left x right``, f32. Backward GEMMs accumulate accurately (split accumulation on GPU)."""
+    if not (isinstance(left, ScaledArray) and isinstance(right, ScaledArray)):
+        return lax.dot_general(
+            left,
+            right,
+            dimensions,
+            precision=call.precision,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
+        )
+    product = backends.dot(
+        left.data,
+        right.data,
+        dimensions,
+        precision=lax.Precision.HIGHEST if backward else lax.Precision.DEFAULT,
+        out_sharding=out_sharding,
+        backend=call.backend,
+    )
+    return product * (left.scale * right.scale)
+
+
+def _keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
+    """What the backward pass keeps of an operand, under a name for remat policies."""
+    x = _as_bytes(x) if isinstance(x, ScaledArray) else x
+    if order is not None:
+        x = _map_data(lambda data: data.transpose(order), x)
+    return _map_data(lambda data: checkpoint_name(data, name), x)
+
+
+def _as_bytes(x: ScaledArray) -> ScaledArray:
+    return _map_data(lambda data: lax.bitcast_convert_type(data, jnp.uint8), x)
+
+
+def _as_codes(x: Operand) -> Operand:
+    if not isinstance(x, ScaledArray):
+        return x
+    return _map_data(lambda data: lax.bitcast_convert_type(data, x.format.dtype), x)
+
+
+def _map_data(f, x: Operand) -> Operand:
+    return dataclasses.replace(x, data=f(x.data)) if isinstance(x, ScaledArray) else f(x)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _observe(x: jax.Array, role: Role, forms: Mapping, recipe: Recipe) -> jax.Array:
+    """One row of an observation, f32[5]; only the amax and the size in high precision."""
+    x, size = lax.stop_gradient(x), jnp.float32(x.size)
+    fmt = recipe.format_of(role)
+    if fmt is None:
+        zero = jnp.float32(0)
+        return jnp.stack([compute_amax(x), zero, zero, zero, size])
+    return jnp.stack([*range_statistics(x, forms[fmt].scale, fmt), size])
+
+
+def _observation(seen: Mapping[Role, jax.Array]) -> jax.Array:
+    """All rows, f32[3, 5]; an operand that was not seen has a row of zeros."""
+    some = next(iter(seen.values()))
+    return jnp.stack([seen.get(role, jnp.zeros_like(some)) for role in Role])

@@ -1,0 +1,25 @@
+"""FP8 with one scale per tensor.
+
+HYBRID formats: e4m3fn where precision matters (activations, weights), e5m2 where range does
+(output gradients).
+
+Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats; DelayedScaling and
+  Float8CurrentScaling, NVIDIA/TransformerEngine, common/recipe/__init__.py, for the scales.
+"""
+
+from lowprec_jax.numerics import E4M3FN, E5M2
+from lowprec_jax.recipes.recipe import Gemm, Recipe
+from lowprec_jax.recipes.registry import register_recipe
+
+HYBRID = {
+    "fwd": Gemm(E4M3FN, E4M3FN),
+    "dgrad": Gemm(E5M2, E4M3FN),
+    "wgrad": Gemm(E4M3FN, E5M2),
+}
+
+# Scales from earlier steps: one pass over the data, no reduction in front of the matmul. The
+# history is short: Transformer Engine's 1024 keeps one outlier's scale for 1024 steps.
+FP8_DELAYED = register_recipe(Recipe(name="fp8_delayed", scaling="delayed", **HYBRID))
+
+# Scales from the tensor itself: no state to keep, never saturates, one more pass over the data.
+FP8_CURRENT = register_recipe(Recipe(name="fp8_current", scaling="current", **HYBRID))

@@ -1,0 +1,106 @@
+"""Scaling state of one call site: its layout, and the amax that scales are computed from.
+
+State is a plain dict of f32 arrays, so that every Flax and checkpoint tool can hold it. Each array
+has one row per `Role`; leading axes (``stack``) hold the layers of a scanned stack:
+
+``amax_history``  f32[*stack, 3, window]  newest first; delayed scaling only
+``pending``       f32[*stack, 3, 5]       observed since the last advance, columns of `Column`
+``observed``      f32[*stack, 3, 5]       observed in the last completed step, for reports
+``age``           f32[*stack, 3]          steps since the scale moved
+``dropped``       f32[*stack, 3]          observations that were not usable, since the start
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from lowprec_jax.numerics import MIN_AMAX, usable
+from lowprec_jax.recipes.recipe import Recipe, Role
+
+State = dict[str, jax.Array]
+
+
+class Column(enum.IntEnum):
+    """Columns of an observation: amaxes combine by max, counts by addition."""
+
+    AMAX = 0
+    SATURATED = 1
+    UNDERFLOW = 2
+    NONFINITE = 3
+    SIZE = 4
+
+
+def init_state(recipe: Recipe, stack: tuple[int, ...] = ()) -> State:
+    """State of a call site that has seen nothing; empty for a recipe without state.
+
+    Args:
+      recipe: the recipe.
+      stack: leading axes, one entry per scanned or vmapped layer axis.
+    """
+    if not recipe.stateful:
+        return {}
+    rows = (*stack, len(Role))
+    state = {
+        "pending": jnp.zeros((*rows, len(Column)), jnp.float32),
+        "observed": jnp.zeros((*rows, len(Column)), jnp.float32),
+        "age": jnp.zeros(rows, jnp.float32),
+        "dropped": jnp.zeros(rows, jnp.float32),
+    }
+    if recipe.delayed:
+        state["amax_history"] = jnp.zeros((*rows, recipe.window), jnp.float32)
+    return state
+
+
+def merge_observations(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Combines two observations f32[..., 5]: the larger amax, the sum of the counts.
+
+    Associative and commutative with zeros as identity: module reuse, scan, micro-batches and
+    devices give the same state in any order.
+    """
+    is_amax = jnp.arange(len(Column)) == Column.AMAX
+    return jnp.where(is_amax, jnp.maximum(a, b), a + b)
+
+
+def advance_state(state: State, when: jax.Array | bool = True) -> State:
+    """Completes an optimizer step of one call site: pushes what was observed, once.
+
+    An operand that was not observed keeps its state. One whose amax is zero or not finite keeps
+    its history (so its scale) and counts as dropped: one Inf never freezes a scale.
+
+    Args:
+      state: state of a call site, with or without leading axes.
+      when: whether a step was completed (bool or bool []); if not, `state` is returned unchanged
+        and goes on collecting. With `optax.MultiSteps`: its `has_updated`.
+
+    Returns:
+      The next state, of the same structure.
+    """
+    pending = state["pending"]
+    amax = pending[..., Column.AMAX]
+    done = (pending[..., Column.SIZE] > 0) & jnp.asarray(when)
+    pushed = done & usable(amax)
+    new = {
+        "pending": jnp.where(done[..., None], jnp.zeros_like(pending), pending),
+        "observed": jnp.where(done[..., None], pending, state["observed"]),
+        "dropped": state["dropped"] + (done & ~pushed),
+    }
+    if "amax_history" not in state:
+        moved = amax != state["observed"][..., Column.AMAX]
+    else:
+        history = state["amax_history"]
+        shifted = jnp.concatenate([amax[..., None], history[..., :-1]], axis=-1)
+        new["amax_history"] = jnp.where(pushed[..., None], shifted, history)
+        moved = new["amax_history"].max(-1) != history.max(-1)
+    new["age"] = jnp.where(done, jnp.where(moved, 0.0, state["age"] + 1), state["age"])
+    return new
+
+
+def history_amax(state: State) -> jax.Array:
+    """The amax f32[..., 3] that scales are computed from; 0 where nothing was seen yet."""
+    return state["amax_history"].max(-1)
+
+
+def is_calibrated(state: State) -> jax.Array:
+    """Whether every operand of a call site has a scale of its own, bool [...]."""
+    return (history_amax(state) >= MIN_AMAX).all(-1)
