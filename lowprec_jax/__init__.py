@@ -22,7 +22,7 @@ _PARTS = (
     "state",
     "training",
 )
-__all__ = ["__version__", *_PARTS]  # noqa: PLE0604
+__all__ = ["__version__", *_PARTS]
 
 
 def __getattr__(name: str) -> ModuleType:

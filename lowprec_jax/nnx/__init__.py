@@ -1,0 +1,35 @@
+"""Flax NNX adapter: layers, quantization of unmodified models, gradients that observe.
+
+Two changed lines adopt delayed scaling in a documented NNX loop: ``lp.nnx.quantize(model,
+"fp8_delayed")``, and ``lp.nnx.value_and_grad`` for ``nnx.value_and_grad``.
+"""
+
+from lowprec_jax.nnx.grad import (
+    accumulate,
+    advance,
+    calibrate,
+    health,
+    scaling_state,
+    value_and_grad,
+)
+from lowprec_jax.nnx.layers import Einsum, Linear, LinearGeneral
+from lowprec_jax.nnx.quantize import layers, quantize
+from lowprec_jax.nnx.sites import DotGeneral, EinsumOp, Scaling, iter_sites
+
+__all__ = [
+    "DotGeneral",
+    "Einsum",
+    "EinsumOp",
+    "Linear",
+    "LinearGeneral",
+    "Scaling",
+    "accumulate",
+    "advance",
+    "calibrate",
+    "health",
+    "iter_sites",
+    "layers",
+    "quantize",
+    "scaling_state",
+    "value_and_grad",
+]

@@ -29,11 +29,16 @@ def native(lhs, rhs, dimension_numbers, *, precision, out_sharding=None) -> jax.
 
 
 def upcast(lhs, rhs, dimension_numbers, *, precision, out_sharding=None) -> jax.Array:
-    """Multiplies in bf16, which holds every 8-bit float exactly; products accumulate in f32."""
-    del precision  # bf16 products are exact in f32
+    """Multiplies in bf16, which holds every 8-bit float exactly; products accumulate in f32.
+
+    The barrier keeps XLA from folding transposes into the matmul: XLA:CPU has no fast bf16 form
+    with a transposed left operand, and fails at run time where a late fold makes one (0.10.2).
+    """
+    del precision  # the products of 8-bit floats are exact
+    lhs, rhs = lax.optimization_barrier((lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)))
     return lax.dot_general(
-        lhs.astype(jnp.bfloat16),
-        rhs.astype(jnp.bfloat16),
+        lhs,
+        rhs,
         dimension_numbers,
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,

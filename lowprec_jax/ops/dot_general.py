@@ -27,7 +27,7 @@ from lowprec_jax.numerics import (
 )
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.dimensions import Dimensions, DotDimensions
-from lowprec_jax.recipes import Recipe, Role, State, get_recipe, history_amax
+from lowprec_jax.recipes import Recipe, Role, get_recipe, history_amax
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array

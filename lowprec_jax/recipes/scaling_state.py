@@ -83,7 +83,7 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
     new = {
         "pending": jnp.where(done[..., None], jnp.zeros_like(pending), pending),
         "observed": jnp.where(done[..., None], pending, state["observed"]),
-        "dropped": state["dropped"] + (done & ~pushed),
+        "dropped": state["dropped"] + (done & ~pushed).astype(jnp.float32),
     }
     if "amax_history" not in state:
         moved = amax != state["observed"][..., Column.AMAX]

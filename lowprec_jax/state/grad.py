@@ -61,7 +61,7 @@ def sum_micro_batches(grad: Callable, micro_batches: int, has_aux: bool) -> Call
         return grad
 
     def wrapped(params: Any, *args: Any):
-        parts = jax.tree.map(lambda x: _split(x, micro_batches), args)
+        parts = jax.tree.map(lambda x: split_micro_batches(x, micro_batches), args)
         first = jax.tree.map(lambda x: x[0], parts)
         value, grads = jax.eval_shape(grad, params, *first)
         total = jax.tree.map(
@@ -104,7 +104,8 @@ def _scalar(out: Any) -> jax.Array:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
+def split_micro_batches(x: jax.Array, parts: int) -> jax.Array:
+    """Splits the leading axis: [batch, ...] becomes [parts, batch / parts, ...]."""
     if x.ndim == 0 or x.shape[0] % parts:
         raise UserError(
             f"A batch of shape {x.shape} cannot be split into {parts} micro-batches along its "

@@ -1,0 +1,144 @@
+"""The command ``lowprec_jax``: a table of subcommands.
+
+A subcommand is a row of `_COMMANDS`; it imports what it needs itself, so that the help stays
+quick. Public name: `main`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lowprec_jax.cli.environment import prepare_environment, set_thread_pool
+from lowprec_jax.errors import ConfigError, UserError, did_you_mean
+
+__all__ = ["main"]
+
+_TRAIN_OPTIONS = {
+    "config": "file or name of a config, default quickstart",
+    "smoke": "the config 'smoke': the whole program in less than a minute",
+}
+
+
+class _Command(NamedTuple):
+    """A subcommand: its line in the help, and what runs it on the words after its name."""
+
+    summary: str
+    run: Callable[[list[str]], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns the exit code.
+
+    0: done, 2: bad input (one paragraph on stderr says what and what to do). Any other error
+    is ours and keeps its traceback.
+
+    Args:
+      argv: words after the program's name; None: those of this process.
+    """
+    set_thread_pool()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name, rest = words[0], words[1:]
+    try:
+        if name not in _COMMANDS:
+            raise UserError(
+                f"No subcommand {name!r}. Known: {', '.join(_COMMANDS)}."
+                f"{did_you_mean(name, _COMMANDS)}"
+            )
+        _COMMANDS[name].run(rest)
+    except ValueError as error:
+        if not _is_bad_input(error):
+            raise
+        print(f"lowprec_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0):
+            raise
+        return 0  # --help of a subcommand
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    from lowprec_jax.cli.config_file import load_config, resolve_config_path
+    from lowprec_jax.training.config import TrainConfig
+
+    name, overrides = _take_config(words)
+    config = load_config(
+        TrainConfig,
+        resolve_config_path(name),
+        overrides,
+        prog="lowprec_jax train",
+        description=_train_description(name),
+        extra_options=_TRAIN_OPTIONS,
+    )
+    prepare_environment(config)
+
+    from lowprec_jax.training.loop import train
+
+    train(config)
+
+
+def _take_config(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the name of the config, and the words that are overrides of it."""
+    names: list[str] = []
+    overrides: list[str] = []
+    smoke = False
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--smoke":
+            smoke = True
+        elif word == "--config":
+            value = next(remaining, "")
+            if not value or value.startswith("--"):
+                raise ConfigError("--config needs a file or a name, such as --config quickstart.")
+            names.append(value)
+        elif word.startswith("--config="):
+            names.append(word.removeprefix("--config="))
+        else:
+            overrides.append(word)
+    if len(names) + smoke > 1:
+        given = [*(f"--config {n}" for n in names), *(["--smoke"] if smoke else [])]
+        raise ConfigError(f"One config a run, given: {', '.join(given)}. Keep one.")
+    if smoke:
+        return "smoke", overrides
+    return (names[0] if names else "quickstart"), overrides
+
+
+def _train_description(name: str) -> str:
+    from lowprec_jax.cli.config_file import config_names
+
+    options = "; ".join(f"--{option}: {text}" for option, text in _TRAIN_OPTIONS.items())
+    return (
+        f"Trains a language model and writes a run directory. {options}. Configs by name: "
+        f"{', '.join(config_names())}. The options below override the config {name!r}, whose "
+        f"values are shown."
+    )
+
+
+def _overview() -> str:
+    width = max(len(name) for name in _COMMANDS)
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lowprec_jax SUBCOMMAND [options]",
+            "",
+            *lines,
+            "",
+            "lowprec_jax SUBCOMMAND --help shows its options.",
+        ]
+    )
+
+
+def _is_bad_input(error: ValueError) -> bool:
+    if isinstance(error, UserError):
+        return True
+    # Raised by a module that is imported by now; importing it here would cost its whole tree.
+    data_error = getattr(sys.modules.get("lowprec_jax.data"), "DataError", None)
+    return data_error is not None and isinstance(error, data_error)
+
+
+_COMMANDS = {
+    "train": _Command("train a model; writes a run directory", _train),
+}

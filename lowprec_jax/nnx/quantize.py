@@ -1,0 +1,67 @@
+"""Quantizes an unmodified NNX model: its linear layers get our matmul in place of JAX's."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+
+from lowprec_jax.nnx.sites import DotGeneral, EinsumOp
+from lowprec_jax.recipes import Assignment, Rules, assign
+
+# Kind of layer -> (attribute that holds its op, our op, rank of its kernel without a stack).
+_KINDS: dict[type, tuple[str, Callable, Callable[[Any], int]]] = {
+    nnx.Linear: ("dot_general", DotGeneral, lambda layer: 2),
+    nnx.LinearGeneral: (
+        "dot_general",
+        DotGeneral,
+        lambda layer: len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features),
+    ),
+    nnx.Einsum: ("einsum_op", EinsumOp, lambda layer: len(layer.kernel_shape)),
+}
+
+
+def layers(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """``(path, layer)`` of every layer that `quantize` can reach, components joined by ``/``."""
+    for path, value in nnx.iter_graph(model):
+        if _kind(value):
+            yield "/".join(map(str, path)), value
+
+
+def quantize(model: nnx.Module, rules: Rules) -> nnx.Module:
+    """Makes the linear layers of a model compute as rules say. Changes `model` and returns it.
+
+    Parameters keep their names and values. Layers stacked for a scan (by `nnx.vmap`) get state
+    with the same leading axis. Calling it again replaces recipes and starts scaling state anew.
+
+    Args:
+      model: any NNX model made of `nnx.Linear`, `nnx.LinearGeneral` (attention projections too) and
+        `nnx.Einsum`.
+      rules: a recipe or its name (embeddings, heads, routers and norms stay in high precision), or
+        a sequence of rules; see `lowprec_jax.recipes`.
+
+    Returns:
+      The same model.
+
+    Raises:
+      UserError: a rule matches no layer, or a recipe is unknown.
+    """
+    found = dict(layers(model))
+    for assignment in assign(found, rules):
+        _replace(found[assignment.path], assignment)
+    return model
+
+
+def _replace(layer: nnx.Module, assignment: Assignment) -> None:
+    kind = _kind(layer)
+    assert kind is not None
+    attribute, op, rank = _KINDS[kind]
+    has_recipe = isinstance(getattr(layer, attribute), DotGeneral | EinsumOp)
+    if not assignment.recipe.quantizes and not has_recipe:
+        return
+    shape = layer.kernel.shape
+    stack = tuple(shape[: len(shape) - rank(layer)])
+    setattr(layer, attribute, nnx.data(op(assignment.recipe, stack=stack)))
+
+
+def _kind(value: Any) -> type | None:
+    return next((kind for kind in _KINDS if isinstance(value, kind)), None)

@@ -1,0 +1,158 @@
+"""Quantized ops as NNX modules: one call site each, with scaling state of its own."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lowprec_jax import ops
+from lowprec_jax.recipes import Column, Recipe, Role, get_recipe, init_state
+
+
+class Scaling(nnx.Variable):
+    """Scaling state of a call site: the dict of `lowprec_jax.recipes.init_state`.
+
+    No `nnx.Param`: optimizers, gradients and weight decay never see it.
+    """
+
+
+class SiteIndex(nnx.Variable):
+    """Which layer of a stack this is, int32 []; exists during an observed call only."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observer:
+    """Where a call site writes during one observed call.
+
+    It is a static attribute of the module, compared by identity, and the ref is closed over: NNX
+    transforms return the arrays of a module from every traced function, which JAX forbids for refs.
+
+    Attributes:
+      ref: f32[layers of the stack, 3, 5].
+      calibrating: compute in high precision and only observe.
+    """
+
+    ref: Any
+    calibrating: bool
+
+
+class Site(nnx.Module):
+    """Base of the modules that compute one quantized op.
+
+    Args:
+      recipe: a recipe or its name.
+      stack: leading axes of a stack of layers that is scanned.
+    """
+
+    def __init__(self, recipe: Recipe | str, *, stack: tuple[int, ...] = ()):
+        self.recipe = get_recipe(recipe)
+        state = init_state(self.recipe, stack)
+        self.scaling = Scaling(state) if state else nnx.data(None)
+        self.observer: Observer | None = nnx.static(None)
+        self.index: SiteIndex | None = nnx.data(None)
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """The state that the op is given: with a sink during an observed call."""
+        if self.scaling is None:
+            return None
+        state = dict(self.scaling.get_value())
+        observer = self.observer
+        if observer is not None:
+            index = jnp.int32(0) if self.index is None else self.index.get_value()
+            state["sink"] = ops.IndexedSink(observer.ref, index)
+            if observer.calibrating:
+                state.pop("amax_history", None)
+        return state
+
+    def start_observing(self, observer: Observer) -> None:
+        """Connects the site to an observer; layers of a stack get their index."""
+        self.observer = nnx.static(observer)
+        stack = self.stack
+        if stack:
+            index = jnp.arange(math.prod(stack), dtype=jnp.int32).reshape(stack)
+            self.index = nnx.data(SiteIndex(index))
+
+    def stop_observing(self) -> None:
+        """Disconnects the site."""
+        self.observer = nnx.static(None)
+        self.index = nnx.data(None)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of the state: those of the stack of layers, if any."""
+        return () if self.scaling is None else self.scaling.get_value()["pending"].shape[:-2]
+
+    def new_observer(self, *, calibrating: bool, make_ref) -> Observer:
+        """An observer for one call; `make_ref` turns zeros into a ref."""
+        rows = (math.prod(self.stack), len(Role), len(Column))
+        return Observer(make_ref(jnp.zeros(rows, jnp.float32)), calibrating)
+
+
+class DotGeneral(Site):
+    """A callable with the signature of `jax.lax.dot_general`, computed as a recipe says.
+
+    Fits the ``dot_general`` argument of stock Flax layers:
+    ``nnx.Linear(8, 16, dot_general=DotGeneral("fp8_delayed"), rngs=rngs)``. One per layer.
+    """
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers,
+        precision=None,
+        preferred_element_type=None,
+        out_sharding=None,
+    ) -> jax.Array:
+        """See `lowprec_jax.ops.dot_general`."""
+        return ops.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            precision,
+            preferred_element_type,
+            recipe=self.recipe,
+            state=self.state,
+            out_sharding=out_sharding,
+        )
+
+
+class EinsumOp(Site):
+    """A callable with the signature of `jnp.einsum` of two operands, computed as a recipe says.
+
+    Fits the ``einsum_op`` argument of `nnx.Einsum`. One per layer.
+    """
+
+    def __call__(
+        self,
+        subscripts: str,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        *,
+        precision=None,
+        preferred_element_type=None,
+        out_sharding=None,
+    ) -> jax.Array:
+        """See `lowprec_jax.ops.einsum`."""
+        return ops.einsum(
+            subscripts,
+            lhs,
+            rhs,
+            recipe=self.recipe,
+            state=self.state,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+
+
+def iter_sites(*nodes: Any) -> Iterator[tuple[str, Site]]:
+    """``(path, site)`` of every quantized op with state in the given modules, in a fixed order."""
+    for path, value in nnx.iter_graph(list(nodes)):
+        if isinstance(value, Site) and value.scaling is not None:
+            yield "/".join(map(str, path[1:])), value

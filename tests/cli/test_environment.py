@@ -1,0 +1,66 @@
+"""What is set before JAX starts, for each kind of machine."""
+
+import importlib.util
+
+import pytest
+
+from lowprec_jax.cli.environment import prepare_environment
+from lowprec_jax.training.config import MeshConfig, TrainConfig
+
+FLAG = "--xla_force_host_platform_device_count"
+
+
+def config(devices: int) -> TrainConfig:
+    return TrainConfig(batch_size=8, mesh=MeshConfig(data=devices))
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """Lets a test say which plugins are installed."""
+    installed: set[str] = set()
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name in installed else None
+    )
+    return installed
+
+
+def test_prepare_environment__one_device__sets_threads_only(plugins):
+    environ: dict[str, str] = {}
+    prepare_environment(config(1), environ)
+    assert environ == {"PJRT_NPROC": "32"}
+
+
+def test_prepare_environment__threads_of_the_user__stay(plugins):
+    environ = {"PJRT_NPROC": "5"}
+    prepare_environment(config(1), environ)
+    assert environ["PJRT_NPROC"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, f"{FLAG}=4"),
+        ({"XLA_FLAGS": "--xla_a=1"}, f"--xla_a=1 {FLAG}=4"),
+        ({"XLA_FLAGS": f"{FLAG}=2"}, f"{FLAG}=2"),
+        ({"JAX_PLATFORMS": "cpu"}, f"{FLAG}=4"),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, None),
+    ],
+    ids=["nothing set", "other flag kept", "count kept", "cpu asked", "cuda asked"],
+)
+def test_prepare_environment__several_devices__emulates_them_on_the_cpu(plugins, before, after):
+    environ = dict(before)
+    prepare_environment(config(4), environ)
+    assert environ.get("XLA_FLAGS") == after
+
+
+@pytest.mark.parametrize("plugin", ["jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu"])
+def test_prepare_environment__accelerator_installed__emulates_only_when_cpu_is_asked(
+    plugins, plugin
+):
+    plugins.add(plugin)
+    environ: dict[str, str] = {}
+    prepare_environment(config(4), environ)
+    assert "XLA_FLAGS" not in environ
+    cpu = {"JAX_PLATFORMS": "cpu"}
+    prepare_environment(config(4), cpu)
+    assert cpu["XLA_FLAGS"] == f"{FLAG}=4"
