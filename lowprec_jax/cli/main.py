@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{did_you_mean(name, _COMMANDS)}"
             )
         _COMMANDS[name].run(rest)
-    except ValueError as error:
-        if not _is_bad_input(error):
-            raise
+    except UserError as error:
         print(f"lowprec_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except SystemExit as exit_:
@@ -129,14 +127,6 @@ def _overview() -> str:
             "lowprec_jax SUBCOMMAND --help shows its options.",
         ]
     )
-
-
-def _is_bad_input(error: ValueError) -> bool:
-    if isinstance(error, UserError):
-        return True
-    # Raised by a module that is imported by now; importing it here would cost its whole tree.
-    data_error = getattr(sys.modules.get("lowprec_jax.data"), "DataError", None)
-    return data_error is not None and isinstance(error, data_error)
 
 
 _COMMANDS = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax.numerics.formats import Format
-from lowprec_jax.numerics.scaling import reciprocal
+from lowprec_jax.numerics.scaling import magnitude_bits, reciprocal
 
 
 def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
@@ -59,12 +59,14 @@ def range_statistics(x: jax.Array, scale: jax.Array, fmt: Format) -> RangeStatis
         return (lax.max(a[0], b[0]), *(lax.add(p, q) for p, q in zip(a[1:], b[1:], strict=True)))
 
     amax, *totals = lax.reduce(
-        (magnitude, *(c.astype(jnp.int32) for c in counts)),
-        (jnp.float32(0), *(jnp.int32(0),) * len(counts)),
+        (magnitude_bits(x), *(c.astype(jnp.int32) for c in counts)),
+        (jnp.int32(0), *(jnp.int32(0),) * len(counts)),
         combine,
         tuple(range(x.ndim)),
     )
-    return RangeStatistics(amax, *(t.astype(jnp.float32) for t in totals))
+    return RangeStatistics(
+        lax.bitcast_convert_type(amax, jnp.float32), *(t.astype(jnp.float32) for t in totals)
+    )
 
 
 def saturated_fraction(x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:

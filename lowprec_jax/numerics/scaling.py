@@ -7,6 +7,7 @@ multiplies with its reciprocal. Transformer Engine and torchao store the recipro
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowprec_jax.numerics.formats import Format
 
@@ -18,8 +19,28 @@ MIN_AMAX = 2.0**-126
 
 
 def compute_amax(x: jax.Array) -> jax.Array:
-    """Largest magnitude, f32 []: NaN if any element is NaN, Inf if any is infinite, 0 if empty."""
-    return jnp.max(jnp.abs(x).astype(jnp.float32), initial=jnp.float32(0))
+    """Largest magnitude, f32 []: NaN if any element is NaN, Inf if any is infinite, 0 if empty.
+
+    Not `jnp.max`: see `magnitude_bits`. Reducing NaN flags along with the magnitudes keeps XLA:CPU
+    on its quick path for several operands, 2 to 3 times as fast as the float maximum.
+    """
+    bits = magnitude_bits(x)
+    largest, nan = lax.reduce(
+        (bits, jnp.isnan(x).astype(jnp.int32)),
+        (jnp.int32(0), jnp.int32(0)),
+        lambda a, b: (lax.max(a[0], b[0]), lax.bitwise_or(a[1], b[1])),
+        tuple(range(x.ndim)),
+    )
+    return jnp.where(nan > 0, jnp.nan, lax.bitcast_convert_type(largest, jnp.float32))
+
+
+def magnitude_bits(x: jax.Array) -> jax.Array:
+    """``|x|`` in f32, seen as int32: the same order, then Inf, then NaN.
+
+    The float maximum of XLA:CPU loses NaN when it vectorizes a reduction (openxla/xla#21461): with
+    one NaN among 4096 ones, `jnp.max` returned 1, or -Inf with the NaN in the last place.
+    """
+    return lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
 
 
 def usable(amax: jax.Array) -> jax.Array:

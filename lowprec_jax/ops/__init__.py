@@ -7,6 +7,18 @@ from lowprec_jax.ops.backends import BACKENDS, dot
 from lowprec_jax.ops.cond import cond
 from lowprec_jax.ops.dot_general import dot_general
 from lowprec_jax.ops.einsum import einsum
+from lowprec_jax.ops.program import GemmCount, count_gemms
 from lowprec_jax.ops.sinks import IndexedSink, Probe, Sink
 
-__all__ = ["BACKENDS", "IndexedSink", "Probe", "Sink", "cond", "dot", "dot_general", "einsum"]
+__all__ = [
+    "BACKENDS",
+    "GemmCount",
+    "IndexedSink",
+    "Probe",
+    "Sink",
+    "cond",
+    "count_gemms",
+    "dot",
+    "dot_general",
+    "einsum",
+]

@@ -1,9 +1,9 @@
-"""Scaling state of a model: sinks for one call, one advance per optimizer step. No Flax, no Optax."""
+"""Scaling state of a model: sinks for one call, one advance per step. No Flax, no Optax."""
 
 from lowprec_jax.ops import cond
 from lowprec_jax.recipes import init_state
 from lowprec_jax.state.grad import accumulate, calibrate, value_and_grad
-from lowprec_jax.state.health import Health, health
+from lowprec_jax.state.health import Health, health, operand_names, summarize
 from lowprec_jax.state.sites import (
     add_observations,
     advance,
@@ -27,6 +27,8 @@ __all__ = [
     "is_site",
     "make_sinks",
     "map_sites",
+    "operand_names",
     "sites",
+    "summarize",
     "value_and_grad",
 ]

@@ -3,59 +3,69 @@
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from lowprec_jax.recipes import Column, Role
 from lowprec_jax.state.sites import Tree, sites
 
 
 class Health(NamedTuple):
-    """Health of the last completed step over all sites and operands that were observed.
+    """Health of the last completed step over all call sites and operands.
 
     Attributes:
       saturated: fraction of elements that the cast clipped.
       underflow: fraction of elements, not zero, that rounded to zero.
       nonfinite: number of NaN and infinite elements.
-      scale_age: steps since the scale moved, the largest of any operand.
-      worst: path and role of the operand with the largest saturated + underflow fraction.
+      scale_age: steps since the scale moved, the largest of any operand that was observed.
+      worst: the operand with the largest saturated + underflow fraction; a name in the result of
+        `health`, an index into `operand_names` in that of `summarize`.
     """
 
-    saturated: float
-    underflow: float
-    nonfinite: float
-    scale_age: float
-    worst: str
+    saturated: float | jax.Array
+    underflow: float | jax.Array
+    nonfinite: float | jax.Array
+    scale_age: float | jax.Array
+    worst: str | jax.Array
+
+
+def summarize(tree: Tree) -> Health | None:
+    """Health as f32 scalars on the device, for use inside a compiled step; None without sites."""
+    found = [site for _, site in sites(tree)]
+    if not found:
+        return None
+    observed = jnp.concatenate([s["observed"].reshape(-1, len(Column)) for s in found])
+    age = jnp.concatenate([s["age"].reshape(-1) for s in found])
+    size = jnp.maximum(observed[:, Column.SIZE], 1)
+    lost = (observed[:, Column.SATURATED] + observed[:, Column.UNDERFLOW]) / size
+    total = observed.sum(0)
+    elements = jnp.maximum(total[Column.SIZE], 1)
+    return Health(
+        saturated=total[Column.SATURATED] / elements,
+        underflow=total[Column.UNDERFLOW] / elements,
+        nonfinite=total[Column.NONFINITE],
+        scale_age=age.max(),
+        worst=lost.argmax(),
+    )
+
+
+def operand_names(tree: Tree) -> list[str]:
+    """Names such as ``"blocks/mlp/down[2] output_grad"``, in the order of `summarize`."""
+    names = []
+    for path, site in sites(tree):
+        layers = site["age"].size // len(Role)
+        where = [path] if layers == 1 else [f"{path}[{layer}]" for layer in range(layers)]
+        names += [f"{place} {role.name.lower()}" for place in where for role in Role]
+    return names
 
 
 def health(tree: Tree) -> Health:
-    """Summarises the health of a model's scaling state; reads from the device.
+    """Health of a model's scaling state as numbers; waits for the device.
 
     Args:
       tree: scaling state after `advance`.
     """
-    rows = [row for path, site in sites(jax.device_get(tree)) for row in _rows(path, site)]
-    if not rows:
+    summary = summarize(tree)
+    if summary is None:
         return Health(0.0, 0.0, 0.0, 0.0, "")
-    names, observed, age = zip(*rows, strict=True)
-    observed, age = np.stack(observed), np.array(age)
-    size = np.maximum(observed[:, Column.SIZE], 1)
-    lost = (observed[:, Column.SATURATED] + observed[:, Column.UNDERFLOW]) / size
-    total = observed.sum(0)
-    elements = max(total[Column.SIZE], 1)
-    return Health(
-        float(total[Column.SATURATED] / elements),
-        float(total[Column.UNDERFLOW] / elements),
-        float(total[Column.NONFINITE]),
-        float(age.max()),
-        names[int(lost.argmax())],
-    )
-
-
-def _rows(path: str, site):
-    """(name, observation, age) of each operand of a site; one per layer of a stack."""
-    observed = np.asarray(site["observed"]).reshape(-1, len(Role), len(Column))
-    age = np.asarray(site["age"]).reshape(-1, len(Role))
-    for layer in range(len(observed)):
-        where = path if len(observed) == 1 else f"{path}[{layer}]"
-        for role in Role:
-            yield f"{where} {role.name.lower()}", observed[layer, role], age[layer, role]
+    *numbers, worst = jax.device_get(summary)
+    return Health(*map(float, numbers), operand_names(tree)[int(worst)])

@@ -1,0 +1,90 @@
+"""Checkpoints with Orbax: the whole training state, so that a run goes on as if never stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lowprec_jax.errors import UserError
+from lowprec_jax.training.step import TrainState
+
+FORMAT_VERSION = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; the newest are kept. Use as a context manager.
+
+    Batches are a function of the step, so that the step is the whole data cursor.
+
+    Args:
+      directory: where they are, ``<run>/checkpoints``.
+      keep: how many stay.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        import orbax.checkpoint as ocp  # slow to import
+
+        self._ocp = ocp
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState) -> None:
+        """Writes a checkpoint of the step that `state` has completed, in the background."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        ocp = self._ocp
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                about=ocp.args.JsonSave({"format_version": FORMAT_VERSION}),
+            ),
+        )
+
+    def restore_latest(self, like: TrainState, mesh: Mesh) -> TrainState:
+        """Reads the newest checkpoint.
+
+        Args:
+          like: a state of the same structure; its values are not used.
+          mesh: devices to put the state on.
+
+        Raises:
+          UserError: there is none, or it is of a run with another model, recipe or optimizer.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(
+                f"No checkpoint to resume from in {self._directory}. Start the run without "
+                "--resume, or give the run_dir of an earlier run."
+            )
+        ocp = self._ocp
+        replicated = NamedSharding(mesh, P())
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), like._asdict()
+        )
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"The checkpoint of step {step} in {self._directory} does not fit this run: "
+                f"{_first_line(error)} Resume with the model, recipe and optimizer it was made "
+                "with (see config.yaml beside it)."
+            ) from error
+        return TrainState(**restored["state"])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

@@ -1,0 +1,47 @@
+"""Validation loss over windows of text: exact means, with the scales of training."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lowprec_jax.models import next_token_loss
+from lowprec_jax.sharding import put_batch
+from lowprec_jax.training.network import Network
+from lowprec_jax.training.step import TrainState
+
+
+def build_evaluation(
+    network: Network, mesh: Mesh, windows: tuple[np.ndarray, np.ndarray], batch_size: int
+) -> Callable[[TrainState], float]:
+    """A function that returns the mean loss, in nats per token, over all windows.
+
+    Args:
+      network: the network.
+      mesh: devices.
+      windows: inputs and targets, int32 [n, context].
+      batch_size: windows per call; the last call is padded with targets that do not count.
+    """
+    batches = list(_padded_batches(windows, batch_size))
+
+    @jax.jit
+    def sums(state: TrainState, batch):
+        model = network.merge(state.params, state.scaling)
+        return next_token_loss(model(batch[0]), batch[1])
+
+    def evaluate(state: TrainState) -> float:
+        total = np.zeros(2)
+        for batch in batches:
+            total += np.array(jax.device_get(sums(state, put_batch(batch, mesh))), np.float64)
+        return float(total[0] / total[1])
+
+    return evaluate
+
+
+def _padded_batches(windows: tuple[np.ndarray, np.ndarray], batch_size: int):
+    inputs, targets = windows
+    for start in range(0, len(inputs), batch_size):
+        part = [x[start : start + batch_size] for x in (inputs, targets)]
+        missing = ((0, batch_size - len(part[0])), (0, 0))
+        yield np.pad(part[0], missing), np.pad(part[1], missing, constant_values=-1)

@@ -1,0 +1,263 @@
+"""One training run from config to summary."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from lowprec_jax import data
+from lowprec_jax import state as scaling_of
+from lowprec_jax.cli.config_file import dump_config
+from lowprec_jax.errors import UserError
+from lowprec_jax.models import generate
+from lowprec_jax.ops import GemmCount, count_gemms
+from lowprec_jax.sharding import make_mesh, put_batch, put_replicated
+from lowprec_jax.training.checkpoint import Checkpoints
+from lowprec_jax.training.config import TrainConfig
+from lowprec_jax.training.evaluate import build_evaluation
+from lowprec_jax.training.metrics import MetricsLog, ProgressLine, step_record
+from lowprec_jax.training.network import Network, build_network
+from lowprec_jax.training.optimizer import build_optimizer
+from lowprec_jax.training.run_directory import RunDirectory, environment
+from lowprec_jax.training.step import TrainState, build_calibration, build_step, init_state
+
+# Updates that may be skipped in a row before the run stops: the data or the scales are broken.
+MAX_SKIPPED = 20
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains a model and writes a run directory.
+
+    Args:
+      config: the run.
+
+    Returns:
+      The summary that is also written to ``summary.json``.
+
+    Raises:
+      UserError: bad input; nothing of an earlier run is touched.
+      FloatingPointError: loss or gradients stayed non-finite.
+    """
+    console = Console()
+    mesh = make_mesh(config.mesh.data)
+    corpus = data.load_corpus(
+        config.data.source, validation_fraction=config.data.validation_fraction
+    )
+    tokenizer = data.build_tokenizer(
+        config.data.tokenizer, corpus, vocab_size=config.data.vocab_size
+    )
+    batches = data.Batches(
+        tokenizer.encode(corpus.train),
+        batch_size=config.batch_size,
+        context=config.model.context,
+        seed=config.seed,
+    )
+    inputs, targets = data.validation_windows(
+        tokenizer.encode(corpus.validation), config.model.context
+    )
+    windows = (inputs[: config.eval_windows], targets[: config.eval_windows])
+    network = build_network(config, tokenizer.vocab_size)
+    run = RunDirectory(config.run_path, resume=config.resume)
+    run.write_text("config.yaml", dump_config(config))
+    run.write_json("environment.json", environment())
+    run.write_json("data_card.json", corpus.card)
+    data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
+    with Checkpoints(run.checkpoints, config.keep_checkpoints) as checkpoints:
+        loop = _Loop(config, console, mesh, network, batches, run, checkpoints)
+        loop.evaluate = build_evaluation(network, mesh, windows, config.batch_size)
+        state, summary = loop.run()
+    sample = _sample(config, network, state, tokenizer)
+    _finish(config, console, run, summary, sample)
+    return summary
+
+
+class _Loop:
+    """The steps of a run. Metrics are read one step late, so that the device never waits."""
+
+    evaluate: Callable[[TrainState], float]
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: Console,
+        mesh: Mesh,
+        network: Network,
+        batches: data.Batches,
+        run: RunDirectory,
+        checkpoints: Checkpoints,
+    ):
+        self.config, self.console, self.mesh = config, console, mesh
+        self.network, self.batches = network, batches
+        self.run_directory, self.checkpoints = run, checkpoints
+        self.tx = build_optimizer(config)
+        self.names: list[str] = []
+        self.skipped_in_a_row = 0
+        self.best_validation = float("inf")
+
+    def run(self) -> tuple[TrainState, dict[str, Any]]:
+        """Runs all steps; returns the final state and the summary."""
+        config, start_time = self.config, time.perf_counter()
+        state = self._initial_state()
+        first = int(state.step)
+        if first >= config.steps:
+            raise UserError(
+                f"The run in {self.run_directory.path} has completed {first} of {config.steps} "
+                f"steps. Give --steps more than {first} to train on."
+            )
+        self.names = scaling_of.operand_names(state.scaling)
+        compiled, gemms, compile_seconds = self._compile(state)
+        log = MetricsLog(self.run_directory.metrics, self.run_directory.path / "tensorboard")
+        line = ProgressLine(
+            self.console, first, config.steps, live=config.progress, every=config.log_every
+        )
+        tokens = config.batch_size * config.model.context
+        pending = None  # (step, metrics) that the host has not read yet
+        step_seconds: list[float] = []
+        last = time.perf_counter()
+
+        def read(step: int, metrics: Any) -> None:
+            nonlocal last
+            record = step_record(step, metrics, self.names)
+            now = time.perf_counter()
+            step_seconds.append(now - last)
+            last = now
+            record |= {"seconds": step_seconds[-1], "tokens_per_second": tokens / step_seconds[-1]}
+            log.write(record)
+            line.update(record)
+            self._stop_if_broken(record)
+
+        with line:
+            for step in range(first + 1, config.steps + 1):
+                state, metrics = compiled(state, self._batch(step))
+                if pending is not None:
+                    read(*pending)
+                pending = (step, metrics)
+                at_end = step == config.steps
+                evaluates = at_end or _due(step, config.eval_every)
+                saves = at_end or _due(step, config.checkpoint_every)
+                if evaluates or saves or self.mesh.size > 1:
+                    # Emulated devices deadlock if steps pile up; elsewhere this is rare.
+                    read(*pending)
+                    pending = None
+                if evaluates:
+                    loss = self.evaluate(state)
+                    self.best_validation = min(self.best_validation, loss)
+                    log.write({"step": step, "validation_loss": loss})
+                    line.validation(loss)
+                if saves:
+                    self.checkpoints.save(state)
+                if evaluates or saves:
+                    last = time.perf_counter()
+        log.close()
+        typical = float(np.median(step_seconds))
+        return state, {
+            "steps": config.steps,
+            "validation_loss": loss,
+            "best_validation_loss": self.best_validation,
+            "recipe": config.precision.recipe,
+            "gemms": gemms._asdict(),
+            "compile_seconds": compile_seconds,
+            "median_step_seconds": typical,
+            "tokens_per_second": tokens / typical,
+            "total_seconds": time.perf_counter() - start_time,
+        }
+
+    def _initial_state(self) -> TrainState:
+        """A calibrated fresh state, or the newest checkpoint."""
+        key = jax.random.key(self.config.seed)
+        state = put_replicated(init_state(self.network, self.tx, key), self.mesh)
+        if self.config.resume:
+            state = self.checkpoints.restore_latest(state, self.mesh)
+            self.run_directory.drop_metrics_after(int(state.step))
+            self.console.print(f"Resuming after step {int(state.step)}.")
+            return state
+        if scaling_of.sites(state.scaling):
+            state = build_calibration(self.network, self.mesh)(state, self._batch(1))
+        return state
+
+    def _batch(self, step: int):
+        return put_batch(self.batches.batch(step - 1), self.mesh)
+
+    def _compile(self, state: TrainState):
+        """Compiles the step, and says what its matmuls are before anything is trained."""
+        config = self.config
+        begin = time.perf_counter()
+        step = build_step(self.network, self.tx, self.mesh, micro_batches=config.optim.accumulate)
+        lowered = step.lower(state, self._batch(1))
+        gemms = count_gemms(lowered)
+        _require_fp8(config, gemms, bool(self.names))
+        compiled = lowered.compile()
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        self.console.print(
+            f"{config.name}: {parameters:,} parameters, recipe {config.precision.recipe}, "
+            f"{self.mesh.size} x {jax.devices()[0].device_kind}. FP8 matmuls in the lowered step: "
+            f"{gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}.",
+            soft_wrap=True,
+        )
+        return compiled, gemms, time.perf_counter() - begin
+
+    def _stop_if_broken(self, record: dict[str, Any]) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record["skipped"] else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"Loss or gradients were not finite in {MAX_SKIPPED} steps in a row, the last at "
+                f"step {record['step']} (loss {record['loss']}). No such update was applied. Lower "
+                "optim.learning_rate, or look at metrics.jsonl for where it began."
+            )
+
+
+def _require_fp8(config: TrainConfig, gemms: GemmCount, asked: bool) -> None:
+    """A run that asks for FP8 and gets none must not pass for one."""
+    if asked and not gemms.native + gemms.emulated:
+        raise UserError(
+            f"Recipe {config.precision.recipe!r} was asked for, but none of the {gemms.total} "
+            "matmuls of the lowered step multiplies FP8 values. Check precision.rules."
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _sample(config: TrainConfig, network: Network, state: TrainState, tokenizer) -> str:
+    """Text that the trained model writes."""
+    if not config.sample_tokens:
+        return ""
+    model = network.merge(state.params, state.scaling)
+    prompt = tokenizer.encode(config.sample_prompt)
+    key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
+    ids = generate(model, prompt, config.sample_tokens, config.model.context, key)
+    return tokenizer.decode(ids)
+
+
+def _finish(config: TrainConfig, console: Console, run: RunDirectory, summary, sample: str) -> None:
+    """Writes plots, sample and summary, and tells where they are."""
+    run.write_json("summary.json", summary)
+    if sample:
+        run.write_text("samples.txt", sample)
+        console.print(f"\nSample:\n{sample}\n", markup=False, highlight=False)
+    if config.plots:
+        _plot(config, console, run)
+    console.print(
+        f"Validation loss {summary['validation_loss']:.4f} nats per token after "
+        f"{summary['steps']} steps, {summary['total_seconds']:.0f} s, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s. Everything is in {run.path}/.",
+        soft_wrap=True,
+    )
+
+
+def _plot(config: TrainConfig, console: Console, run: RunDirectory) -> None:
+    try:
+        from lowprec_jax.training.plots import plot_health, plot_loss
+
+        records = run.read_metrics()
+        title = f"{config.name} ({config.precision.recipe})"
+        plot_loss(records, run.path / "loss.png", title)
+        if any("saturated" in record for record in records):
+            plot_health(records, run.path / "health.png", title)
+    except ImportError:
+        console.print("No plots: matplotlib is not installed (pip install 'lowprec-jax[train]').")

@@ -1,0 +1,131 @@
+"""Where metrics go: a JSONL file first, then TensorBoard and the progress line."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lowprec_jax.training.step import StepMetrics
+
+Record = dict[str, Any]
+
+
+def step_record(step: int, metrics: StepMetrics, names: list[str]) -> Record:
+    """A step's metrics as plain numbers; waits until the device has computed them.
+
+    Args:
+      step: number of the step, from 1.
+      metrics: from the training step.
+      names: `lowprec_jax.state.operand_names` of the model.
+    """
+    host = jax.device_get(metrics)
+    record = {
+        "step": step,
+        "loss": float(host.loss),
+        "grad_norm": float(host.grad_norm),
+        "skipped": int(host.skipped),
+    }
+    if host.health is not None:
+        record |= {
+            "saturated": float(host.health.saturated),
+            "underflow": float(host.health.underflow),
+            "nonfinite": float(host.health.nonfinite),
+            "scale_age": float(host.health.scale_age),
+            "worst": names[int(host.health.worst)],
+        }
+    return record
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl``, whole lines only, and to TensorBoard if installed.
+
+    A killed run leaves a valid file: only the last line can be cut off.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path):
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard_writer(tensorboard)
+
+    def write(self, record: Record) -> None:
+        """Appends one record; its numbers go to TensorBoard under its step."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard_writer(path: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path))
+
+
+class ProgressLine:
+    """The line that a person watches: loss, tokens/s, ETA, FP8 health.
+
+    Without a terminal, or with `live` off, one plain line is printed every `every` steps.
+    """
+
+    def __init__(self, console: Console, start: int, steps: int, *, live: bool, every: int):
+        self._console = console
+        self._live = live and console.is_terminal
+        self._every, self._steps = every, steps
+        self._validation = ""
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=start)
+        self._begin, self._first = time.perf_counter(), start
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+
+    def validation(self, loss: float) -> None:
+        """Remembers the newest validation loss."""
+        self._validation = f"  val {loss:.4f}"
+
+    def update(self, record: Record) -> None:
+        """Shows a step."""
+        line = _describe(record) + self._validation
+        self._progress.update(self._task, completed=record["step"], description=line)
+        step = record["step"]
+        if not self._live and (step % self._every == 0 or step == self._steps):
+            elapsed = time.perf_counter() - self._begin
+            eta = elapsed / max(step - self._first, 1) * (self._steps - step)
+            self._console.print(
+                f"step {step}/{self._steps}  {line}  eta {eta:.0f} s", soft_wrap=True
+            )
+
+
+def _describe(record: Record) -> str:
+    line = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
+    if "saturated" in record:
+        line += (
+            f"  FP8: sat {record['saturated']:.2%} under {record['underflow']:.2%}"
+            f" nonfinite {record['nonfinite']:.0f} age {record['scale_age']:.0f}"
+        )
+    return line

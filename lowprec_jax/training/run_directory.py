@@ -1,0 +1,110 @@
+"""The files of a run: config, environment, metrics, plots, samples, checkpoints."""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lowprec_jax.errors import UserError
+
+
+class RunDirectory:
+    """Paths and small files of a run.
+
+    ``config.yaml``       the resolved config
+    ``environment.json``  versions, machine, devices
+    ``data_card.json``    what the model was trained on
+    ``tokenizer.json``    the tokenizer
+    ``metrics.jsonl``     one JSON object a line: every step and every evaluation
+    ``tensorboard/``      the same for TensorBoard, if tensorboardX is installed
+    ``checkpoints/``      see `Checkpoints`
+    ``loss.png``, ``health.png``, ``samples.txt``, ``summary.json``  written at the end
+
+    Args:
+      path: the directory; made if it does not exist.
+      resume: go on with the run that is there.
+
+    Raises:
+      UserError: a finished or stopped run is there and `resume` is not asked for, or the reverse;
+        or the directory cannot be made.
+    """
+
+    def __init__(self, path: str, *, resume: bool):
+        self.path = Path(path)
+        begun = self.metrics.exists()
+        if begun and not resume:
+            raise UserError(
+                f"{self.path} holds a run already. Add --resume True to go on with it, or choose "
+                f"another --run_dir or --name; nothing was changed."
+            )
+        if resume and not begun:
+            raise UserError(
+                f"{self.path} holds no run to resume. Check --run_dir and --name, or start without "
+                "--resume."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot make the run directory {self.path}: {error}.") from None
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics log."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file, whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records of the metrics log; a last line cut off by a kill is left out."""
+        return list(_records(self.metrics))
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Removes what a stopped run logged after the checkpoint it resumes from."""
+        kept = [json.dumps(r) for r in self.read_metrics() if r["step"] <= step]
+        self.write_text(self.metrics.name, "".join(f"{line}\n" for line in kept))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    devices = jax.devices()
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [str(device) for device in devices],
+        "device_kind": devices[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "versions": {
+            name: version(name)
+            for name in ("lowprec-jax", "jax", "jaxlib", "flax", "optax", "ml_dtypes", "numpy")
+        },
+    }

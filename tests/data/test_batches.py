@@ -1,0 +1,149 @@
+import time
+
+import numpy as np
+import pytest
+
+from lowprec_jax.data import Batches, ByteTokenizer, DataError, validation_windows
+
+
+def make(tokens=None, *, batch_size=5, context=7, seed=3):
+    tokens = np.arange(1000) if tokens is None else tokens
+    return Batches(tokens, batch_size=batch_size, context=context, seed=seed)
+
+
+def test_batch__same_seed_and_step__is_the_same_in_any_order():
+    first, second = make(), make()
+    forward = [first.batch(step) for step in (0, 1, 2)]
+    backward = [second.batch(step) for step in (2, 1, 0)][::-1]
+    np.testing.assert_array_equal(forward, backward)
+
+
+def test_batch__steps_and_seeds__all_differ():
+    starts = {
+        tuple(make(np.arange(10**6), seed=seed).batch(step)[0][:, 0])
+        for seed in range(10)
+        for step in range(100)
+    }
+    assert len(starts) == 1000
+
+
+def test_batch__known_seed_and_step__has_the_recorded_positions():
+    """A resumed run must see the same text after any upgrade: these are raw Philox words."""
+    counter = np.array([0, 0, 17, 0], np.uint64)
+    key = np.array([3, 0], np.uint64)
+    words = [int(w) for w in np.random.Philox(key=key, counter=counter).random_raw(5)]
+    assert make().batch(17)[0][:, 0].tolist() == [word % 993 for word in words]
+    assert make().batch(17)[0][:, 0].tolist() == [81, 228, 691, 676, 280]
+
+
+def test_batch__targets__are_the_inputs_shifted_by_one_in_the_corpus(stdlib):
+    text = stdlib.train[:50_000]
+    inputs, targets = make(ByteTokenizer().encode(text), context=33).batch(4)
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+    for row, following in zip(inputs, targets, strict=True):
+        window = ByteTokenizer().decode(np.append(row, following[-1]))
+        assert len(window) == 34
+        assert window in text
+
+
+def test_batch__result__is_contiguous_int32_of_the_asked_shape():
+    for array in make(np.arange(300, dtype=np.uint16)).batch(0):
+        assert (array.shape, array.dtype) == ((5, 7), np.int32)
+        assert array.flags.c_contiguous
+
+
+def test_batch__many_draws__reach_every_position_equally_often():
+    batches = make(np.arange(27), batch_size=10_000)  # starts 0 .. 19
+    counts = np.bincount(batches.batch(0)[0][:, 0], minlength=20)
+    assert counts.size == 20
+    assert np.abs(counts - 500).max() < 5 * (500 * 0.95) ** 0.5  # five sigma of a fair draw
+
+
+def test_batch__corpus_of_one_window__is_that_window():
+    inputs, targets = make(np.arange(8)).batch(9)
+    np.testing.assert_array_equal(inputs, np.tile(np.arange(7), (5, 1)))
+    np.testing.assert_array_equal(targets, np.tile(np.arange(1, 8), (5, 1)))
+
+
+def test_batch__step_of_a_million__is_reached_in_under_a_second():
+    batches = make()
+    start = time.perf_counter()
+    batches.batch(10**6)
+    batches.batch(2**64 - 1)
+    assert time.perf_counter() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(255, np.uint8), (256, np.uint16), (65535, np.uint16), (65536, np.int32)],
+)
+def test_tokens__int64__are_kept_in_the_smallest_dtype(largest, dtype):
+    tokens = np.full(50, largest, np.int64)
+    batches = make(tokens)
+    assert batches.tokens.dtype == dtype
+    assert (batches.batch(0)[1] == largest).all()
+
+
+def test_tokens__given_array__is_not_shared_writeable():
+    tokens = np.arange(100, dtype=np.uint8)
+    batches = make(tokens)
+    assert np.shares_memory(batches.tokens, tokens)
+    assert tokens.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        batches.tokens[0] = 1
+
+
+def test_tokens__memory_mapped_file__are_not_read_into_memory(tmp_path):
+    np.arange(500, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    mapped = np.memmap(tmp_path / "train.bin", dtype=np.uint16, mode="r")
+    batches = make(mapped)
+    assert np.shares_memory(batches.tokens, mapped)
+    np.testing.assert_array_equal(batches.batch(6), make(np.arange(500)).batch(6))
+
+
+@pytest.mark.parametrize("length", [8, 14, 15, 16, 100, 101])
+def test_validation_windows__any_length__cover_the_split_once_in_order(length):
+    tokens = np.random.default_rng(0).integers(0, 50, length)
+    inputs, targets = validation_windows(tokens, 7)
+    n = (length - 1) // 7
+    assert inputs.shape == targets.shape == (n, 7)
+    assert inputs.dtype == targets.dtype == np.int32
+    np.testing.assert_array_equal(inputs.ravel(), tokens[: n * 7])
+    np.testing.assert_array_equal(targets.ravel(), tokens[1 : n * 7 + 1])
+    assert length - 1 - targets.size < 7
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_context__longer_than_the_corpus__names_both_numbers(size):
+    expected = rf"context 7 needs at least 8 tokens, the corpus has {size}\."
+    with pytest.raises(DataError, match=expected):
+        make(np.arange(size))
+    with pytest.raises(DataError, match=expected):
+        validation_windows(np.arange(size), 7)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", 0), ("context", 0), ("context", -2), ("seed", -1), ("seed", 2**64)],
+)
+def test_batches__option_out_of_range__is_named(option, value):
+    with pytest.raises(DataError, match=rf"{option} is {value}; it must be \d"):
+        make(**{option: value})
+
+
+@pytest.mark.parametrize("step", [-1, 2**64])
+def test_batch__step_out_of_range__is_named(step):
+    with pytest.raises(DataError, match=rf"step is {step}; it must be 0 to {2**64 - 1}"):
+        make().batch(step)
+
+
+@pytest.mark.parametrize("tokens", [np.ones(20), np.ones((4, 5), np.int32)])
+def test_batches__tokens_not_1d_integers__are_described(tokens):
+    with pytest.raises(DataError, match=rf"{tokens.dtype} of shape \({tokens.shape[0]},"):
+        make(tokens)
+
+
+@pytest.mark.parametrize("bad", [-4, 2**31])
+def test_batches__token_outside_int32__is_named(bad):
+    with pytest.raises(DataError, match=rf"tokens are .*{bad}\b.*0 to {2**31 - 1}"):
+        make(np.array([0, bad] * 10))

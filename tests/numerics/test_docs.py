@@ -1,0 +1,49 @@
+"""The format table of docs/numerics.md against the registry and the published limits."""
+
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+
+from lowprec_jax import numerics
+
+PAGE = Path(__file__).parents[2] / "docs" / "numerics.md"
+
+
+def _table():
+    """Rows of the table under "Formats": column title to cell, by format name."""
+    section = PAGE.read_text(encoding="utf-8").split("\n## Formats\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+
+
+def _number(text):
+    base, _, exponent = text.partition("^")
+    return float(base) ** int(exponent or 1)
+
+
+def test_formats_table__rows__are_the_registry_in_its_order():
+    assert list(_table()) == [fmt.name for fmt in numerics.formats()]
+
+
+@pytest.mark.parametrize("fmt", numerics.formats(), ids=str)
+def test_formats_table__numbers__are_those_of_the_registry(fmt):
+    row = _table()[fmt.name]
+    limits = [_number(row[c]) for c in ("max", "min normal", "min subnormal", "epsilon")]
+
+    assert row["dtype"] == fmt.dtype.name
+    assert row["exponent / mantissa"] == f"{fmt.exponent_bits} / {fmt.mantissa_bits}"
+    assert int(row["bias"]) == fmt.bias
+    expected = (fmt.max, fmt.min_normal, fmt.min_subnormal, fmt.epsilon)
+    np.testing.assert_array_equal(np.float32(limits), np.float32(expected))
+
+
+@pytest.mark.parametrize("fmt", numerics.formats(), ids=str)
+def test_formats_table__special_codes__are_the_published_ones(fmt):
+    row, published = _table()[fmt.name], oracles.PUBLISHED_LIMITS[fmt.name]
+
+    assert row["Inf"] == ("yes" if published.infinities else "no")
+    assert int(row["NaN codes"]) == published.nans
+    assert row["-0"] == ("yes" if fmt.has_negative_zero else "no")
