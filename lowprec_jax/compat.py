@@ -30,7 +30,7 @@ def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
 
 
 def explicit_shardings(*arrays: jax.Array) -> tuple[NamedSharding | None, ...]:
-    """The shardings of arrays that meet on a mesh with explicit axes; None each without such a mesh.
+    """The shardings of arrays that meet on a mesh with explicit axes; without one, None for each.
 
     An array that is not on the mesh yet counts as replicated.
     """

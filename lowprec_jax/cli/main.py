@@ -78,6 +78,17 @@ def _train(words: list[str]) -> None:
     train(config)
 
 
+def _plan(words: list[str]) -> None:
+    from lowprec_jax.cli.config_file import load_config, resolve_config_path
+    from lowprec_jax.training.config import TrainConfig
+
+    name, overrides = _take_config(words)
+    config = load_config(TrainConfig, resolve_config_path(name), overrides, prog="lowprec_jax plan")
+    from lowprec_jax.training.network import plan_network
+
+    print(plan_network(config))
+
+
 def _take_config(words: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the name of the config, and the words that are overrides of it."""
     names: list[str] = []
@@ -131,4 +142,5 @@ def _overview() -> str:
 
 _COMMANDS = {
     "train": _Command("train a model; writes a run directory", _train),
+    "plan": _Command("show which layers of a config's model run in low precision, and why", _plan),
 }

@@ -13,6 +13,7 @@ from lowprec_jax.nnx.grad import (
     value_and_grad,
 )
 from lowprec_jax.nnx.layers import Einsum, Linear, LinearGeneral
+from lowprec_jax.nnx.plan import plan
 from lowprec_jax.nnx.quantize import layers, quantize
 from lowprec_jax.nnx.sites import DotGeneral, EinsumOp, Scaling, iter_sites
 
@@ -29,6 +30,7 @@ __all__ = [
     "health",
     "iter_sites",
     "layers",
+    "plan",
     "quantize",
     "scaling_state",
     "value_and_grad",

@@ -51,6 +51,13 @@ def quantize(model: nnx.Module, rules: Rules) -> nnx.Module:
     return model
 
 
+def op_attribute(layer: nnx.Module) -> str:
+    """Name of the attribute that holds the matmul of a layer from `layers`."""
+    kind = _kind(layer)
+    assert kind is not None
+    return _KINDS[kind][0]
+
+
 def _replace(layer: nnx.Module, assignment: Assignment) -> None:
     kind = _kind(layer)
     assert kind is not None

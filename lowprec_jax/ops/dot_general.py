@@ -1,9 +1,9 @@
 """The quantized `dot_general`: three GEMMs with formats of their own.
 
-Forward: quantize both operands, multiply the codes, scale the product. Backward: quantize the output
-gradient, multiply it with the codes kept from the forward pass. They are kept as u8:
-`jax.checkpoint` passes f8 residuals through `reduce_precision(4, 3)`, which turns every e4m3fn code
-of 256 and above into NaN, and XLA:CPU cannot update slices of an f8 stack in place.
+Forward: quantize both operands, multiply the codes, scale the product. Backward: quantize the
+output gradient, multiply it with the codes kept from the forward pass. They are kept as u8:
+`jax.checkpoint` passes f8 residuals through `reduce_precision(4, 3)`, which turns every e4m3fn
+code of 256 and above into NaN, and XLA:CPU cannot update slices of an f8 stack in place.
 """
 
 import dataclasses

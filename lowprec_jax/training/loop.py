@@ -20,7 +20,7 @@ from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.config import TrainConfig
 from lowprec_jax.training.evaluate import build_evaluation
 from lowprec_jax.training.metrics import MetricsLog, ProgressLine, step_record
-from lowprec_jax.training.network import Network, build_network
+from lowprec_jax.training.network import Network, build_network, operand_names
 from lowprec_jax.training.optimizer import build_optimizer
 from lowprec_jax.training.run_directory import RunDirectory, environment
 from lowprec_jax.training.step import TrainState, build_calibration, build_step, init_state
@@ -61,15 +61,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     windows = (inputs[: config.eval_windows], targets[: config.eval_windows])
     network = build_network(config, tokenizer.vocab_size)
+    if config.sample_tokens:
+        tokenizer.encode(config.sample_prompt)  # a prompt it cannot encode is bad input now
     run = RunDirectory(config.run_path, resume=config.resume)
-    run.write_text("config.yaml", dump_config(config))
-    run.write_json("environment.json", environment())
-    run.write_json("data_card.json", corpus.card)
-    data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
     with Checkpoints(run.checkpoints, config.keep_checkpoints) as checkpoints:
         loop = _Loop(config, console, mesh, network, batches, run, checkpoints)
         loop.evaluate = build_evaluation(network, mesh, windows, config.batch_size)
-        state, summary = loop.run()
+        state = loop.prepare()
+        # Only now: what may still be refused leaves the files of an earlier run as they are.
+        run.write_text("config.yaml", dump_config(config))
+        run.write_json("environment.json", environment())
+        run.write_json("data_card.json", corpus.card)
+        data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
+        state, summary = loop.run(state)
     sample = _sample(config, network, state, tokenizer)
     _finish(config, console, run, summary, sample)
     return summary
@@ -96,89 +100,52 @@ class _Loop:
         self.tx = build_optimizer(config)
         self.names: list[str] = []
         self.skipped_in_a_row = 0
-        self.best_validation = float("inf")
+        self.validation_losses: list[float] = []
+        self.start_time = time.perf_counter()
 
-    def run(self) -> tuple[TrainState, dict[str, Any]]:
-        """Runs all steps; returns the final state and the summary."""
-        config, start_time = self.config, time.perf_counter()
+    def prepare(self) -> TrainState:
+        """The state to start from and the compiled step; refuses what cannot be trained."""
         state = self._initial_state()
-        first = int(state.step)
-        if first >= config.steps:
+        if int(state.step) >= self.config.steps:
             raise UserError(
-                f"The run in {self.run_directory.path} has completed {first} of {config.steps} "
-                f"steps. Give --steps more than {first} to train on."
+                f"The run in {self.run_directory.path} has completed {int(state.step)} of "
+                f"{self.config.steps} steps. Give --steps more than {int(state.step)} to train on."
             )
         self.names = scaling_of.operand_names(state.scaling)
-        compiled, gemms, compile_seconds = self._compile(state)
-        log = MetricsLog(self.run_directory.metrics, self.run_directory.path / "tensorboard")
+        self.compiled, self.gemms, self.compile_seconds = self._compile(state)
+        return state
+
+    def run(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Runs the remaining steps; returns the final state and the summary."""
+        config, directory = self.config, self.run_directory
+        first = int(state.step)
+        if config.resume:
+            directory.drop_metrics_after(first)
+            self.validation_losses = directory.validation_losses()
         line = ProgressLine(
             self.console, first, config.steps, live=config.progress, every=config.log_every
         )
-        tokens = config.batch_size * config.model.context
-        pending = None  # (step, metrics) that the host has not read yet
-        step_seconds: list[float] = []
-        last = time.perf_counter()
-
-        def read(step: int, metrics: Any) -> None:
-            nonlocal last
-            record = step_record(step, metrics, self.names)
-            now = time.perf_counter()
-            step_seconds.append(now - last)
-            last = now
-            record |= {"seconds": step_seconds[-1], "tokens_per_second": tokens / step_seconds[-1]}
-            log.write(record)
-            line.update(record)
-            self._stop_if_broken(record)
-
-        with line:
+        with (
+            contextlib.closing(MetricsLog(directory.metrics, directory.path / "tensorboard")) as log,
+            line,
+        ):
+            reader = _Reader(config, self.names, log, line)
             for step in range(first + 1, config.steps + 1):
-                state, metrics = compiled(state, self._batch(step))
-                if pending is not None:
-                    read(*pending)
-                pending = (step, metrics)
+                state, metrics = self.compiled(state, self._batch(step))
+                reader.next(step, metrics)
                 at_end = step == config.steps
                 evaluates = at_end or _due(step, config.eval_every)
                 saves = at_end or _due(step, config.checkpoint_every)
                 if evaluates or saves or self.mesh.size > 1:
                     # Emulated devices deadlock if steps pile up; elsewhere this is rare.
-                    read(*pending)
-                    pending = None
+                    reader.finish()
                 if evaluates:
-                    loss = self.evaluate(state)
-                    self.best_validation = min(self.best_validation, loss)
-                    log.write({"step": step, "validation_loss": loss})
-                    line.validation(loss)
+                    self._evaluate(step, state, log, line)
                 if saves:
                     self.checkpoints.save(state)
                 if evaluates or saves:
-                    last = time.perf_counter()
-        log.close()
-        typical = float(np.median(step_seconds))
-        return state, {
-            "steps": config.steps,
-            "validation_loss": loss,
-            "best_validation_loss": self.best_validation,
-            "recipe": config.precision.recipe,
-            "gemms": gemms._asdict(),
-            "compile_seconds": compile_seconds,
-            "median_step_seconds": typical,
-            "tokens_per_second": tokens / typical,
-            "total_seconds": time.perf_counter() - start_time,
-        }
-
-    def _initial_state(self) -> TrainState:
-        """A calibrated fresh state, or the newest checkpoint."""
-        key = jax.random.key(self.config.seed)
-        state = put_replicated(init_state(self.network, self.tx, key), self.mesh)
-        if self.config.resume:
-            state = self.checkpoints.restore_latest(state, self.mesh)
-            self.run_directory.drop_metrics_after(int(state.step))
-            self.console.print(f"Resuming after step {int(state.step)}.")
-            return state
-        if scaling_of.sites(state.scaling):
-            state = build_calibration(self.network, self.mesh)(state, self._batch(1))
-        return state
-
+                    reader.restart_clock()
+        return state, self._summary(reader)
     def _batch(self, step: int):
         return put_batch(self.batches.batch(step - 1), self.mesh)
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from lowprec_jax import recipes
+from lowprec_jax import recipes, state
 from lowprec_jax.models import Transformer, TransformerConfig
-from lowprec_jax.nnx import Scaling, quantize
+from lowprec_jax.nnx import Scaling, plan, quantize
+from lowprec_jax.ops.plan import Plan
 from lowprec_jax.training.config import ModelConfig, PrecisionConfig, TrainConfig
 
 Tree = Any
@@ -56,6 +58,15 @@ def build_network(config: TrainConfig, vocab_size: int) -> Network:
         return nnx.to_pure_dict(params), nnx.to_pure_dict(scaling)
 
     return Network(init=jax.jit(lambda key: split(create(key))), merge=merge, split=split)
+
+
+def plan_network(config: TrainConfig, vocab_size: int = 256) -> Plan:
+    """What the config's recipe and rules do to its model, as a table."""
+    model = nnx.eval_shape(
+        lambda: Transformer(transformer_config(config.model, vocab_size), rngs=nnx.Rngs(0))
+    )
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.model.context), jnp.int32)
+    return plan(model, precision_rules(config.precision), tokens)
 
 
 def _filled(abstract: nnx.State, tree: Tree) -> nnx.State:
@@ -106,6 +117,11 @@ def precision_rules(precision: PrecisionConfig) -> tuple[recipes.Rule, ...]:
 
     own = (recipes.Rule(rule.path, configured(rule.recipe)) for rule in precision.rules)
     return (*own, *recipes.default_rules(configured(precision.recipe)))
+
+
+def operand_names(scaling: Tree) -> list[str]:
+    """Names of the operands in health reports: ``"blocks/mlp/down[2] output_grad"``."""
+    return [name.replace("/dot_general/scaling", "") for name in state.operand_names(scaling)]
 
 
 def is_decayed(path: str) -> bool:

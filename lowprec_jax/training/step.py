@@ -74,7 +74,8 @@ def build_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update():
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            with jax.numpy_dtype_promotion("standard"):  # Optax's Adam fails under the strict one
+                updates, opt_state = tx.update(grads, state.opt_state, state.params)
             return optax.apply_updates(state.params, updates), opt_state
 
         params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
