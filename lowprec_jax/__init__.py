@@ -9,7 +9,8 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_PARTS = (
+__all__ = [
+    "__version__",
     "data",
     "linen",
     "models",
@@ -21,8 +22,8 @@ _PARTS = (
     "sharding",
     "state",
     "training",
-)
-__all__ = ["__version__", *_PARTS]
+]
+_PARTS = tuple(name for name in __all__ if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -6,7 +6,6 @@ names: `load_config`, `config_to_dict`, `dump_config`, `diff_configs`, `resolve_
 `config_names`, and `ConfigError`.
 """
 
-import dataclasses
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, TypeVar
 
 from lowprec_jax.cli.overrides import apply_overrides
 from lowprec_jax.cli.typed_tree import build
-from lowprec_jax.cli.yaml_layers import dump_yaml, read_layers
+from lowprec_jax.cli.yaml_layers import read_layers
+from lowprec_jax.config_text import config_to_dict, dump_config
 from lowprec_jax.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -63,24 +63,6 @@ def load_config(
     return apply_overrides(
         loaded, overrides, prog=prog, description=description, extra_options=extra_options
     )
-
-
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """Returns a config as nested dicts, lists and scalars, in the order of its fields.
-
-    Args:
-      config: instance of a dataclass.
-    """
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
-
-
-def dump_config(config: Any) -> str:
-    """Returns a config as YAML with every field written out; `load_config` reads it back.
-
-    Args:
-      config: instance of a dataclass.
-    """
-    return dump_yaml(config_to_dict(config))
 
 
 def diff_configs(old: Any, new: Any) -> list[str]:
@@ -140,14 +122,6 @@ def _shipped_configs() -> dict[str, Path]:
         for path in folder.glob("*.yaml"):
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return config_to_dict(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -3,8 +3,7 @@
 Knows nothing of dataclasses. Stricter than `yaml.safe_load`: a key given twice, a tag, an
 anchor and an alias are errors, and scalars follow YAML 1.2's core rules (``1e-3`` is a number,
 ``on`` and ``2020-01-01`` are text). Public
-names: `Layers`, `read_layers`,
-`scalar_from_text`, `dump_yaml`.
+names: `Layers`, `read_layers`, `scalar_from_text`.
 """
 
 import re
@@ -14,24 +13,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lowprec_jax.config_text import SCALARS
 from lowprec_jax.errors import ConfigError
 
-__all__ = ["Layers", "dump_yaml", "read_layers", "scalar_from_text"]
+__all__ = ["Layers", "read_layers", "scalar_from_text"]
 
 EXTENDS = "extends"
 _MAX_DEPTH = 50  # far above any tree of dataclasses, far below Python's stack
-
-_SCALARS = (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
-)
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,17 +41,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes text which `_Loader` would read as a number."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _name, _pattern, _first in _SCALARS:
+for _name, _pattern, _first in SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
-    # Added to YAML 1.1's, so that a file we write means the same to both kinds of reader.
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
 
 
 class Layers(NamedTuple):
@@ -107,15 +86,6 @@ def scalar_from_text(text: str) -> Any:
       ValueError: a number Python refuses to read.
     """
     return yaml.load(text, Loader=_Loader)
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Returns `values` as YAML that `read_layers` reads back unchanged.
-
-    Args:
-      values: nested mappings, lists and scalars.
-    """
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=False)
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Layers:

@@ -2,14 +2,17 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lowprec_jax import compat
+from lowprec_jax.errors import UserError
 from lowprec_jax.nnx.sites import Observer, iter_sites
 from lowprec_jax.recipes import advance_state
 from lowprec_jax.state import Health, add_observations
@@ -17,6 +20,7 @@ from lowprec_jax.state import health as health_of
 from lowprec_jax.state.grad import split_micro_batches
 
 ArgNums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
+ArrayLike = jax.Array | np.ndarray
 
 
 def value_and_grad(
@@ -25,7 +29,7 @@ def value_and_grad(
     """`nnx.value_and_grad` that also lets quantized layers observe and advances their scales.
 
     Drop-in: the loop around it (`nnx.jit`, `nnx.Optimizer`, BatchNorm, Dropout, metrics) stays as
-    it is. The models are those among the positional arguments.
+    it is. The models are those among the arguments.
 
     The amax of an output gradient depends on how the loss is normalised: divide a sum by the number
     of tokens of the *whole* batch.
@@ -55,8 +59,9 @@ def accumulate(
 
     Args:
       f: as in `value_and_grad`; the sum over the micro-batches must be the loss of the batch.
-      micro_batches: number of equal parts into which the arguments that are no NNX objects are
-        split along their first axis; they run one after the other.
+      micro_batches: number of equal parts into which the arrays among the arguments (in lists and
+        dicts too, but not in NNX objects) are split along their first axis; the parts run one after
+        the other. Arguments without arrays, such as flags, are passed on.
       argnums: see `value_and_grad`.
       has_aux: see `value_and_grad`; with more than one micro-batch, aux has a leading axis.
       advance: see `value_and_grad`.
@@ -67,14 +72,15 @@ def accumulate(
 
     @functools.wraps(f)
     def wrapped(*args, **kwargs):
+        args = _positional(f, args, kwargs)
         observers = _observers(args, calibrating=False)
 
-        def observed(*args, **kwargs):
+        def observed(*args):
             with _observing(args, observers):
-                return f(*args, **kwargs)
+                return f(*args)
 
         grad = nnx.value_and_grad(observed, argnums=argnums, has_aux=has_aux)
-        out = _sum_micro_batches(grad, micro_batches, has_aux)(*args, **kwargs)
+        out = _sum_micro_batches(grad, micro_batches, argnums, has_aux)(*args)
         _collect(args, observers, advance=advance)
         return out
 
@@ -89,7 +95,7 @@ def advance(*models: nnx.Module, when: jax.Array | bool = True) -> None:
       when: whether a step was completed; with `optax.MultiSteps` its ``has_updated(opt_state)``.
     """
     for _, site in iter_sites(*models):
-        site.scaling.set_value(advance_state(site.scaling.get_value(), when))
+        site.set_scaling(advance_state(site.get_scaling(), when))
 
 
 def calibrate(f: Callable, *args: Any, argnums: ArgNums = 0, **kwargs: Any) -> None:
@@ -103,25 +109,43 @@ def calibrate(f: Callable, *args: Any, argnums: ArgNums = 0, **kwargs: Any) -> N
       argnums: see `value_and_grad`.
       **kwargs: its keyword arguments.
     """
-    observers = _observers(args, calibrating=True)
+    arguments = _positional(f, args, kwargs)
+    observers = _observers(arguments, calibrating=True)
 
-    def observed(*args, **kwargs):
+    def observed(*args):
         with _observing(args, observers):
-            out = f(*args, **kwargs)
+            out = f(*args)
         return out[0] if isinstance(out, tuple) else out
 
-    nnx.grad(observed, argnums=argnums)(*nnx.clone(list(args)), **kwargs)
-    _collect(args, observers, advance=True)
+    nnx.grad(observed, argnums=argnums)(*nnx.clone(list(arguments)))
+    _collect(arguments, observers, advance=True)
 
 
 def scaling_state(*models: nnx.Module) -> dict[str, Any]:
-    """Scaling state of models by path of the op, as `lowprec_jax.state` takes it."""
-    return {path: dict(site.scaling.get_value()) for path, site in iter_sites(*models)}
+    """Scaling state by path of the op, as `lowprec_jax.state` takes it.
+
+    With more than one model, paths start with the number of the model.
+    """
+    return {path: site.get_scaling() for path, site in iter_sites(*models)}
 
 
 def health(*models: nnx.Module) -> Health:
     """Saturation, underflow, non-finite values and scale age of the last step."""
     return health_of(scaling_state(*models))
+
+
+def _positional(f: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """All arguments by position, as NNX's `value_and_grad` hands them on."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(
+            f"value_and_grad: {', '.join(bound.kwargs)} can be given by keyword only; bind it with "
+            "functools.partial, or make it an ordinary argument."
+        )
+    return bound.args
 
 
 def _observers(args: Sequence[Any], *, calibrating: bool) -> list[Observer]:
@@ -148,30 +172,31 @@ def _observing(args: Sequence[Any], observers: Sequence[Observer]) -> Iterator[N
 
 def _collect(args: Sequence[Any], observers: Sequence[Observer], *, advance: bool) -> None:
     found = [site for _, site in iter_sites(*args)]
-    states = [dict(site.scaling.get_value()) for site in found]
+    states = [site.get_scaling() for site in found]
     seen = [
         observer.ref[...].reshape(state["pending"].shape)
         for observer, state in zip(observers, states, strict=True)
     ]
     for site, state in zip(found, add_observations(states, seen), strict=True):
-        site.scaling.set_value(advance_state(state) if advance else state)
+        site.set_scaling(advance_state(state) if advance else state)
 
 
-def _sum_micro_batches(grad: Callable, micro_batches: int, has_aux: bool) -> Callable:
+def _sum_micro_batches(
+    grad: Callable, micro_batches: int, argnums: ArgNums, has_aux: bool
+) -> Callable:
     if micro_batches == 1:
         return grad
 
-    def wrapped(*args, **kwargs):
-        nodes = {i: x for i, x in enumerate(args) if isinstance(x, nnx.Pytree)}
-        parts = {
-            i: jax.tree.map(lambda leaf: split_micro_batches(leaf, micro_batches), x)
-            for i, x in enumerate(args)
-            if i not in nodes
-        }
+    def wrapped(*args):
+        nodes = {i: x for i, x in enumerate(args) if _holds(x, nnx.Pytree | nnx.Variable)}
+        arrays = {i: x for i, x in enumerate(args) if i not in nodes and _holds(x, ArrayLike)}
+        others = {i: x for i, x in enumerate(args) if i not in nodes and i not in arrays}
+        _check_not_split(argnums, arrays)
+        parts = jax.tree.map(lambda leaf: split_micro_batches(leaf, micro_batches), arrays)
 
         def micro_batch(nodes, part):
-            merged = {**nodes, **part}
-            out, grads = grad(*(merged[i] for i in range(len(args))), **kwargs)
+            merged = {**nodes, **part, **others}
+            out, grads = grad(*(merged[i] for i in range(len(args))))
             value, aux = out if has_aux else (out, None)
             return value, grads, aux
 
@@ -183,12 +208,27 @@ def _sum_micro_batches(grad: Callable, micro_batches: int, has_aux: bool) -> Cal
 
         first = jax.tree.map(lambda x: x[0], parts)
         value, grads, aux = micro_batch(nodes, first)
-        (_, (value, grads)), others = rest(
+        (_, (value, grads)), more = rest(
             (nodes, (value, grads)), jax.tree.map(lambda x: x[1:], parts)
         )
         if not has_aux:
             return value, grads
-        aux = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), aux, others)
+        aux = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), aux, more)
         return (value, aux), grads
 
     return wrapped
+
+
+def _holds(x: Any, kind: Any) -> bool:
+    return any(isinstance(value, kind) for _, value in nnx.iter_graph(x))
+
+
+def _check_not_split(argnums: ArgNums, arrays: dict[int, Any]) -> None:
+    for arg in argnums if isinstance(argnums, Sequence) else (argnums,):
+        number = arg.argnum if isinstance(arg, nnx.DiffState) else arg
+        if number in arrays:
+            raise UserError(
+                f"accumulate: argument {number} is differentiated, but holds arrays outside NNX "
+                "objects, which are split into micro-batches. Put what is trained into an "
+                "nnx.Module, or use value_and_grad."
+            )

@@ -8,6 +8,8 @@ from flax import nnx
 from lowprec_jax.nnx.sites import DotGeneral, EinsumOp
 from lowprec_jax.recipes import Assignment, Rules, assign
 
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+
 # Kind of layer -> (attribute that holds its op, our op, rank of its kernel without a stack).
 _KINDS: dict[type, tuple[str, Callable, Callable[[Any], int]]] = {
     nnx.Linear: ("dot_general", DotGeneral, lambda layer: 2),
@@ -20,7 +22,7 @@ _KINDS: dict[type, tuple[str, Callable, Callable[[Any], int]]] = {
 }
 
 
-def layers(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
     """``(path, layer)`` of every layer that `quantize` can reach, components joined by ``/``."""
     for path, value in nnx.iter_graph(model):
         if _kind(value):
@@ -51,14 +53,14 @@ def quantize(model: nnx.Module, rules: Rules) -> nnx.Module:
     return model
 
 
-def op_attribute(layer: nnx.Module) -> str:
+def op_attribute(layer: Layer) -> str:
     """Name of the attribute that holds the matmul of a layer from `layers`."""
     kind = _kind(layer)
     assert kind is not None
     return _KINDS[kind][0]
 
 
-def _replace(layer: nnx.Module, assignment: Assignment) -> None:
+def _replace(layer: Layer, assignment: Assignment) -> None:
     kind = _kind(layer)
     assert kind is not None
     attribute, op, rank = _KINDS[kind]

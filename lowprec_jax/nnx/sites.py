@@ -55,12 +55,21 @@ class Site(nnx.Module):
         self.observer: Observer | None = nnx.static(None)
         self.index: SiteIndex | None = nnx.data(None)
 
+    def get_scaling(self) -> dict[str, jax.Array]:
+        """The scaling state; empty for a recipe without state."""
+        return {} if self.scaling is None else dict(self.scaling.get_value())
+
+    def set_scaling(self, state: dict[str, jax.Array]) -> None:
+        """Replaces the scaling state."""
+        assert self.scaling is not None
+        self.scaling.set_value(state)
+
     @property
     def state(self) -> dict[str, Any] | None:
         """The state that the op is given: with a sink during an observed call."""
         if self.scaling is None:
             return None
-        state = dict(self.scaling.get_value())
+        state: dict[str, Any] = self.get_scaling()
         observer = self.observer
         if observer is not None:
             index = jnp.int32(0) if self.index is None else self.index.get_value()
@@ -85,7 +94,7 @@ class Site(nnx.Module):
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the state: those of the stack of layers, if any."""
-        return () if self.scaling is None else self.scaling.get_value()["pending"].shape[:-2]
+        return self.get_scaling()["pending"].shape[:-2] if self.scaling is not None else ()
 
     def new_observer(self, *, calibrating: bool, make_ref) -> Observer:
         """An observer for one call; `make_ref` turns zeros into a ref."""
@@ -152,7 +161,11 @@ class EinsumOp(Site):
 
 
 def iter_sites(*nodes: Any) -> Iterator[tuple[str, Site]]:
-    """``(path, site)`` of every quantized op with state in the given modules, in a fixed order."""
+    """``(path, site)`` of every quantized op with state in the given modules, in a fixed order.
+
+    With more than one module, paths start with the number of the module.
+    """
+    first = 0 if len(nodes) > 1 else 1
     for path, value in nnx.iter_graph(list(nodes)):
         if isinstance(value, Site) and value.scaling is not None:
-            yield "/".join(map(str, path[1:])), value
+            yield "/".join(map(str, path[first:])), value

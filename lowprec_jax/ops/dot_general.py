@@ -8,29 +8,19 @@ code of 256 and above into NaN, and XLA:CPU cannot update slices of an f8 stack 
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lowprec_jax import compat
-from lowprec_jax.numerics import (
-    Format,
-    ScaledArray,
-    compute_amax,
-    quantize,
-    range_statistics,
-    scale_from_amax,
-)
+from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.dimensions import Dimensions, DotDimensions
+from lowprec_jax.ops.operands import Operand, as_bytes, as_codes, forms_of, keep, observe
 from lowprec_jax.recipes import Recipe, Role, get_recipe, history_amax
-
-# One side of a GEMM: quantized, or as it is for a GEMM in high precision.
-Operand = ScaledArray | jax.Array
 
 
 def dot_general(
@@ -140,7 +130,7 @@ def _read_state(recipe: Recipe, state: Mapping[str, Any] | None):
     if sink is not None:
         sinks.check_sink(sink)
     if recipe.delayed and "amax_history" in state:
-        return sink, lax.stop_gradient(history_amax(state))
+        return sink, lax.stop_gradient(history_amax(dict(state)))
     if recipe.delayed and sink is None:
         raise ValueError(
             f"Recipe {recipe.name!r} takes its scales from state, but the op got none. Pass "
@@ -158,14 +148,14 @@ def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray
             f"rhs_quantized is {quantized.format}, but recipe {recipe.name!r} multiplies "
             f"{recipe.fwd.right}; quantize it to that."
         )
-    return _as_bytes(quantized)
+    return as_bytes(quantized)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(call: _Call, lhs, rhs, amax, sink, codes):
-    out, _, seen = _forward(call, lhs, rhs, amax, codes, observe=sink is not None)
-    if sink is not None:
-        sinks.write(sink, _observation(seen))
+    out, _, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
+    if seen is not None:
+        sinks.write(sink, jnp.concatenate([seen, jnp.zeros_like(seen[:1])]))
     return out
 
 
@@ -177,45 +167,44 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
             "lowprec_jax.linen or lowprec_jax.state instead of JAX's or Flax's, or make_sinks in a "
             "loop of your own."
         )
-    out, kept, seen = _forward(call, lhs, rhs, amax, codes, observe=sink is not None)
+    out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
     return out, (*kept, amax, seen, sink)
 
 
-def _forward(call: _Call, lhs, rhs, amax, codes, *, observe: bool):
+def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
+    """The product, what the backward pass keeps, and the first two rows of the observation."""
     recipe, dims = call.recipe, call.dims
-    left = _forms(lhs, Role.LHS, amax, recipe)
-    right = _forms(rhs, Role.RHS, amax, recipe)
+    left = forms_of(lhs, Role.LHS, amax, recipe)
+    right = forms_of(rhs, Role.RHS, amax, recipe)
     if codes is not None:
-        right[codes.format] = _as_codes(codes)
+        right[codes.format] = as_codes(codes)
     fwd = recipe.fwd
     out = _multiply(
         left[fwd and fwd.left], right[fwd and fwd.right], dims.forward, call, call.out_sharding
     )
-    kept_lhs = _keep(left[recipe.wgrad and recipe.wgrad.left], "quantized_lhs", dims.lhs_to_wgrad)
-    kept_rhs = _keep(right[recipe.dgrad and recipe.dgrad.right], "quantized_rhs")
+    kept_lhs = keep(left[recipe.wgrad and recipe.wgrad.left], "quantized_lhs", dims.lhs_to_wgrad)
+    kept_rhs = keep(right[recipe.dgrad and recipe.dgrad.right], "quantized_rhs")
     seen = None
-    if observe:
-        seen = {
-            Role.LHS: _observe(lhs, Role.LHS, left, recipe),
-            Role.RHS: _observe(rhs, Role.RHS, right, recipe),
-        }
+    if observing:
+        rows = observe(lhs, Role.LHS, left, recipe), observe(rhs, Role.RHS, right, recipe)
+        seen = jnp.stack(rows)
     return out.astype(call.dtype), (kept_lhs, kept_rhs), seen
 
 
 def _bwd(call: _Call, residuals, grad):
     kept_lhs, kept_rhs, amax, seen, sink = residuals
     recipe, dims = call.recipe, call.dims
-    forms = _forms(grad, Role.OUTPUT_GRAD, amax, recipe)
+    forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe)
     dlhs = _multiply(
         forms[recipe.dgrad and recipe.dgrad.left],
-        _as_codes(kept_rhs),
+        as_codes(kept_rhs),
         dims.dgrad,
         call,
         compat.permute_sharding(call.lhs.sharding, _inverse(dims.dgrad_to_lhs)),
         backward=True,
     ).transpose(dims.dgrad_to_lhs)
     drhs = _multiply(
-        _as_codes(kept_lhs),
+        as_codes(kept_lhs),
         forms[recipe.wgrad and recipe.wgrad.right],
         dims.wgrad,
         call,
@@ -224,23 +213,12 @@ def _bwd(call: _Call, residuals, grad):
     ).transpose(dims.wgrad_to_rhs)
     probe = None
     if sink is not None:
-        seen = {**seen, Role.OUTPUT_GRAD: _observe(grad, Role.OUTPUT_GRAD, forms, recipe)}
-        probe = sinks.write(sink, _observation(seen))
+        row = observe(grad, Role.OUTPUT_GRAD, forms, recipe)
+        probe = sinks.write(sink, jnp.concatenate([seen, row[None]]))
     return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
 
 
 _dot.defvjp(_fwd, _bwd)
-
-
-def _forms(x: jax.Array, role: Role, amax, recipe: Recipe) -> dict[Format | None, Operand]:
-    """An operand in every form its GEMMs need: by format, and as it is under None."""
-    needed = [fmt for fmt in recipe.formats_of(role) if fmt is not None]
-    forms: dict[Format | None, Operand] = {None: x}
-    if needed:
-        known = compute_amax(x) if amax is None else amax[role]
-    for fmt in needed:
-        forms[fmt] = quantize(x, fmt, scale_from_amax(known, fmt, margin=recipe.margin))
-    return forms
 
 
 def _multiply(
@@ -254,6 +232,7 @@ def _multiply(
 ) -> jax.Array:
     """``left x right``, f32. Backward GEMMs accumulate accurately (split accumulation on GPU)."""
     if not (isinstance(left, ScaledArray) and isinstance(right, ScaledArray)):
+        assert not isinstance(left, ScaledArray) and not isinstance(right, ScaledArray)
         return lax.dot_general(
             left,
             right,
@@ -273,43 +252,5 @@ def _multiply(
     return product * (left.scale * right.scale)
 
 
-def _keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
-    """What the backward pass keeps of an operand, under a name for remat policies."""
-    x = _as_bytes(x) if isinstance(x, ScaledArray) else x
-    if order is not None:
-        x = _map_data(lambda data: data.transpose(order), x)
-    return _map_data(lambda data: checkpoint_name(data, name), x)
-
-
-def _as_bytes(x: ScaledArray) -> ScaledArray:
-    return _map_data(lambda data: lax.bitcast_convert_type(data, jnp.uint8), x)
-
-
-def _as_codes(x: Operand) -> Operand:
-    if not isinstance(x, ScaledArray):
-        return x
-    return _map_data(lambda data: lax.bitcast_convert_type(data, x.format.dtype), x)
-
-
-def _map_data(f, x: Operand) -> Operand:
-    return dataclasses.replace(x, data=f(x.data)) if isinstance(x, ScaledArray) else f(x)
-
-
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
-
-
-def _observe(x: jax.Array, role: Role, forms: Mapping, recipe: Recipe) -> jax.Array:
-    """One row of an observation, f32[5]; only the amax and the size in high precision."""
-    x, size = lax.stop_gradient(x), jnp.float32(x.size)
-    fmt = recipe.format_of(role)
-    if fmt is None:
-        zero = jnp.float32(0)
-        return jnp.stack([compute_amax(x), zero, zero, zero, size])
-    return jnp.stack([*range_statistics(x, forms[fmt].scale, fmt), size])
-
-
-def _observation(seen: Mapping[Role, jax.Array]) -> jax.Array:
-    """All rows, f32[3, 5]; an operand that was not seen has a row of zeros."""
-    some = next(iter(seen.values()))
-    return jnp.stack([seen.get(role, jnp.zeros_like(some)) for role in Role])

@@ -7,19 +7,25 @@ Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats; DelayedScal
   Float8CurrentScaling, NVIDIA/TransformerEngine, common/recipe/__init__.py, for the scales.
 """
 
+import dataclasses
+
 from lowprec_jax.numerics import E4M3FN, E5M2
 from lowprec_jax.recipes.recipe import Gemm, Recipe
 from lowprec_jax.recipes.registry import register_recipe
 
-HYBRID = {
-    "fwd": Gemm(E4M3FN, E4M3FN),
-    "dgrad": Gemm(E5M2, E4M3FN),
-    "wgrad": Gemm(E4M3FN, E5M2),
-}
+# Scales from the tensor itself: no state to keep, never saturates, one more pass over the data.
+FP8_CURRENT = register_recipe(
+    Recipe(
+        name="fp8_current",
+        fwd=Gemm(E4M3FN, E4M3FN),
+        dgrad=Gemm(E5M2, E4M3FN),
+        wgrad=Gemm(E4M3FN, E5M2),
+        scaling="current",
+    )
+)
 
 # Scales from earlier steps: one pass over the data, no reduction in front of the matmul. The
 # history is short: Transformer Engine's 1024 keeps one outlier's scale for 1024 steps.
-FP8_DELAYED = register_recipe(Recipe(name="fp8_delayed", scaling="delayed", **HYBRID))
-
-# Scales from the tensor itself: no state to keep, never saturates, one more pass over the data.
-FP8_CURRENT = register_recipe(Recipe(name="fp8_current", scaling="current", **HYBRID))
+FP8_DELAYED = register_recipe(
+    dataclasses.replace(FP8_CURRENT, name="fp8_delayed", scaling="delayed")
+)

@@ -67,5 +67,11 @@ def health(tree: Tree) -> Health:
     summary = summarize(tree)
     if summary is None:
         return Health(0.0, 0.0, 0.0, 0.0, "")
-    *numbers, worst = jax.device_get(summary)
-    return Health(*map(float, numbers), operand_names(tree)[int(worst)])
+    host = jax.device_get(summary)
+    return Health(
+        float(host.saturated),
+        float(host.underflow),
+        float(host.nonfinite),
+        float(host.scale_age),
+        operand_names(tree)[int(host.worst)],
+    )

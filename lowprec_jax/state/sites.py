@@ -79,9 +79,9 @@ def collect(tree: Tree, live: Tree) -> Tree:
 
 def add_observations(tree: Tree, seen: list[jax.Array]) -> Tree:
     """Merges one observation f32[*stack, 3, 5] per site, in tree order, into ``pending``."""
-    seen = iter(reduce_observations(seen, [site["pending"] for _, site in sites(tree)]))
+    reduced = iter(reduce_observations(seen, [site["pending"] for _, site in sites(tree)]))
     return map_sites(
-        lambda site: {**site, "pending": merge_observations(site["pending"], next(seen))}, tree
+        lambda site: {**site, "pending": merge_observations(site["pending"], next(reduced))}, tree
     )
 
 

@@ -65,8 +65,8 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             raise UserError(
-                f"No checkpoint to resume from in {self._directory}. Start the run without "
-                "--resume, or give the run_dir of an earlier run."
+                f"No checkpoint to resume from in {self._directory}. Give the run_dir of a run "
+                f"that has one, or delete {self._directory.parent} and start without --resume."
             )
         ocp = self._ocp
         replicated = NamedSharding(mesh, P())

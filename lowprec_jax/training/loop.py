@@ -1,5 +1,6 @@
 """One training run from config to summary."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,22 +12,25 @@ from rich.console import Console
 
 from lowprec_jax import data
 from lowprec_jax import state as scaling_of
-from lowprec_jax.cli.config_file import dump_config
+from lowprec_jax.config_text import dump_config
 from lowprec_jax.errors import UserError
 from lowprec_jax.models import generate
 from lowprec_jax.ops import GemmCount, count_gemms
+from lowprec_jax.recipes import get_recipe
 from lowprec_jax.sharding import make_mesh, put_batch, put_replicated
 from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.config import TrainConfig
 from lowprec_jax.training.evaluate import build_evaluation
-from lowprec_jax.training.metrics import MetricsLog, ProgressLine, step_record
+from lowprec_jax.training.metrics import MetricsLog, ProgressLine, StepReader
 from lowprec_jax.training.network import Network, build_network, operand_names
 from lowprec_jax.training.optimizer import build_optimizer
 from lowprec_jax.training.run_directory import RunDirectory, environment
-from lowprec_jax.training.step import TrainState, build_calibration, build_step, init_state
-
-# Updates that may be skipped in a row before the run stops: the data or the scales are broken.
-MAX_SKIPPED = 20
+from lowprec_jax.training.step import (
+    TrainState,
+    build_calibration,
+    build_step,
+    init_state,
+)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -99,7 +103,6 @@ class _Loop:
         self.run_directory, self.checkpoints = run, checkpoints
         self.tx = build_optimizer(config)
         self.names: list[str] = []
-        self.skipped_in_a_row = 0
         self.validation_losses: list[float] = []
         self.start_time = time.perf_counter()
 
@@ -111,7 +114,7 @@ class _Loop:
                 f"The run in {self.run_directory.path} has completed {int(state.step)} of "
                 f"{self.config.steps} steps. Give --steps more than {int(state.step)} to train on."
             )
-        self.names = scaling_of.operand_names(state.scaling)
+        self.names = operand_names(state.scaling)
         self.compiled, self.gemms, self.compile_seconds = self._compile(state)
         return state
 
@@ -126,10 +129,14 @@ class _Loop:
             self.console, first, config.steps, live=config.progress, every=config.log_every
         )
         with (
-            contextlib.closing(MetricsLog(directory.metrics, directory.path / "tensorboard")) as log,
+            contextlib.closing(
+                MetricsLog(directory.metrics, directory.path / "tensorboard")
+            ) as log,
             line,
         ):
-            reader = _Reader(config, self.names, log, line)
+            reader = StepReader(
+                self.names, log, line, tokens=config.batch_size * config.model.context
+            )
             for step in range(first + 1, config.steps + 1):
                 state, metrics = self.compiled(state, self._batch(step))
                 reader.next(step, metrics)
@@ -146,6 +153,39 @@ class _Loop:
                 if evaluates or saves:
                     reader.restart_clock()
         return state, self._summary(reader)
+
+    def _initial_state(self) -> TrainState:
+        """A calibrated fresh state, or the newest checkpoint."""
+        key = jax.random.key(self.config.seed)
+        state = put_replicated(init_state(self.network, self.tx, key), self.mesh)
+        if self.config.resume:
+            state = self.checkpoints.restore_latest(state, self.mesh)
+            self.console.print(f"Resuming after step {int(state.step)}.")
+            return state
+        if scaling_of.sites(state.scaling):
+            state = build_calibration(self.network, self.mesh)(state, self._batch(1))
+        return state
+
+    def _evaluate(self, step: int, state: TrainState, log: MetricsLog, line: ProgressLine) -> None:
+        loss = self.evaluate(state)
+        self.validation_losses.append(loss)
+        log.write({"step": step, "validation_loss": loss})
+        line.validation(loss)
+
+    def _summary(self, reader: StepReader) -> dict[str, Any]:
+        typical = float(np.median(reader.seconds))
+        return {
+            "steps": self.config.steps,
+            "validation_loss": self.validation_losses[-1],
+            "best_validation_loss": min(self.validation_losses),
+            "recipe": self.config.precision.recipe,
+            "gemms": self.gemms._asdict(),
+            "compile_seconds": self.compile_seconds,
+            "median_step_seconds": typical,
+            "tokens_per_second": reader.tokens / typical,
+            "total_seconds": time.perf_counter() - self.start_time,
+        }
+
     def _batch(self, step: int):
         return put_batch(self.batches.batch(step - 1), self.mesh)
 
@@ -156,7 +196,7 @@ class _Loop:
         step = build_step(self.network, self.tx, self.mesh, micro_batches=config.optim.accumulate)
         lowered = step.lower(state, self._batch(1))
         gemms = count_gemms(lowered)
-        _require_fp8(config, gemms, bool(self.names))
+        _require_fp8(config, gemms)
         compiled = lowered.compile()
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         self.console.print(
@@ -167,22 +207,16 @@ class _Loop:
         )
         return compiled, gemms, time.perf_counter() - begin
 
-    def _stop_if_broken(self, record: dict[str, Any]) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record["skipped"] else 0
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"Loss or gradients were not finite in {MAX_SKIPPED} steps in a row, the last at "
-                f"step {record['step']} (loss {record['loss']}). No such update was applied. Lower "
-                "optim.learning_rate, or look at metrics.jsonl for where it began."
-            )
 
-
-def _require_fp8(config: TrainConfig, gemms: GemmCount, asked: bool) -> None:
+def _require_fp8(config: TrainConfig, gemms: GemmCount) -> None:
     """A run that asks for FP8 and gets none must not pass for one."""
+    precision = config.precision
+    names = (precision.recipe, *(rule.recipe for rule in precision.rules))
+    asked = [name for name in names if get_recipe(name).quantizes]
     if asked and not gemms.native + gemms.emulated:
         raise UserError(
-            f"Recipe {config.precision.recipe!r} was asked for, but none of the {gemms.total} "
-            "matmuls of the lowered step multiplies FP8 values. Check precision.rules."
+            f"Recipe {asked[0]!r} was asked for, but none of the {gemms.total} matmuls of the "
+            "lowered step multiplies FP8 values. Check precision.rules."
         )
 
 

@@ -13,6 +13,9 @@ from lowprec_jax.training.step import StepMetrics
 
 Record = dict[str, Any]
 
+# Updates that may be skipped in a row before the run stops: the data or the scales are broken.
+MAX_SKIPPED = 20
+
 
 def step_record(step: int, metrics: StepMetrics, names: list[str]) -> Record:
     """A step's metrics as plain numbers; waits until the device has computed them.
@@ -118,6 +121,61 @@ class ProgressLine:
             eta = elapsed / max(step - self._first, 1) * (self._steps - step)
             self._console.print(
                 f"step {step}/{self._steps}  {line}  eta {eta:.0f} s", soft_wrap=True
+            )
+
+
+class StepReader:
+    """Reads metrics one step late, so that the device never waits; logs and shows them.
+
+    Args:
+      names: see `step_record`.
+      log: where records go.
+      line: what shows them.
+      tokens: tokens of a step.
+    """
+
+    def __init__(self, names: list[str], log: MetricsLog, line: ProgressLine, *, tokens: int):
+        self._names, self._log, self._line = names, log, line
+        self._unread: tuple[int, StepMetrics] | None = None
+        self._skipped_in_a_row = 0
+        self.tokens = tokens
+        self.seconds: list[float] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step out of the time of the next."""
+        self._last = time.perf_counter()
+
+    def next(self, step: int, metrics: StepMetrics) -> None:
+        """Takes the metrics of a step that has just been started; reads those before it."""
+        self.finish()
+        self._unread = (step, metrics)
+
+    def finish(self) -> None:
+        """Waits for the newest metrics and reads them.
+
+        Raises:
+          FloatingPointError: too many updates in a row were skipped.
+        """
+        if self._unread is None:
+            return
+        record = step_record(*self._unread, self._names)
+        self._unread = None
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+        record |= {"seconds": self.seconds[-1], "tokens_per_second": self.tokens / self.seconds[-1]}
+        self._log.write(record)
+        self._line.update(record)
+        self._stop_if_broken(record)
+
+    def _stop_if_broken(self, record: Record) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped"] else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"Loss or gradients were not finite in {MAX_SKIPPED} steps in a row, the last at "
+                f"step {record['step']} (loss {record['loss']}). No such update was applied. Lower "
+                "optim.learning_rate, or look at metrics.jsonl for where it began."
             )
 
 

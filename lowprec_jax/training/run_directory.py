@@ -79,6 +79,10 @@ class RunDirectory:
         """All records of the metrics log; a last line cut off by a kill is left out."""
         return list(_records(self.metrics))
 
+    def validation_losses(self) -> list[float]:
+        """The validation losses that the metrics log holds, in order."""
+        return [r["validation_loss"] for r in self.read_metrics() if "validation_loss" in r]
+
     def drop_metrics_after(self, step: int) -> None:
         """Removes what a stopped run logged after the checkpoint it resumes from."""
         kept = [json.dumps(r) for r in self.read_metrics() if r["step"] <= step]

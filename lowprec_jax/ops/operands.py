@@ -1,0 +1,84 @@
+"""The operands of a GEMM: quantized in the formats it needs, kept for the backward pass, observed."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lowprec_jax.numerics import (
+    Format,
+    ScaledArray,
+    compute_amax,
+    quantize,
+    range_statistics,
+    scale_from_amax,
+)
+from lowprec_jax.recipes import Recipe, Role
+
+# One side of a GEMM: quantized, or as it is for a GEMM in high precision.
+Operand = ScaledArray | jax.Array
+Forms = dict[Format | None, Operand]
+
+
+def forms_of(x: jax.Array, role: Role, amax: jax.Array | None, recipe: Recipe) -> Forms:
+    """An operand in every form its GEMMs need: by format, and as it is under None.
+
+    Args:
+      x: the operand.
+      role: its role.
+      amax: f32[3], the amaxes that scales come from; None: the operand's own.
+      recipe: the recipe.
+    """
+    forms: Forms = {None: x}
+    needed = [fmt for fmt in recipe.formats_of(role) if fmt is not None]
+    if not needed:
+        return forms
+    known = compute_amax(x) if amax is None else amax[role]
+    for fmt in needed:
+        forms[fmt] = quantize(x, fmt, scale_from_amax(known, fmt, margin=recipe.margin))
+    return forms
+
+
+def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
+    """What the backward pass keeps of an operand, under a name for remat policies.
+
+    Args:
+      x: the operand; its codes are kept as bytes.
+      name: name for `jax.checkpoint_policies.save_only_these_names`.
+      order: axis order to keep it in.
+    """
+
+    def kept(data: jax.Array) -> jax.Array:
+        return checkpoint_name(data if order is None else data.transpose(tuple(order)), name)
+
+    return _map_data(kept, as_bytes(x)) if isinstance(x, ScaledArray) else kept(x)
+
+
+def as_bytes(x: ScaledArray) -> ScaledArray:
+    """The same with its codes seen as uint8."""
+    return _map_data(lambda data: lax.bitcast_convert_type(data, jnp.uint8), x)
+
+
+def as_codes(x: Operand) -> Operand:
+    """The inverse of `as_bytes`; a high-precision operand is returned as it is."""
+    if not isinstance(x, ScaledArray):
+        return x
+    dtype = x.format.dtype
+    return _map_data(lambda data: lax.bitcast_convert_type(data, dtype), x)
+
+
+def observe(x: jax.Array, role: Role, forms: Mapping[Format | None, Operand], recipe: Recipe):
+    """One row of an observation, f32[5]; only the amax and the size in high precision."""
+    x, size = lax.stop_gradient(x), jnp.float32(x.size)
+    quantized = forms[recipe.format_of(role)]
+    if not isinstance(quantized, ScaledArray):
+        zero = jnp.float32(0)
+        return jnp.stack([compute_amax(x), zero, zero, zero, size])
+    return jnp.stack([*range_statistics(x, quantized.scale, quantized.format), size])
+
+
+def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:
+    return dataclasses.replace(x, data=f(x.data))
