@@ -6,11 +6,26 @@ a part is imported when it is first used, so that the root imports neither Flax 
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowprec_jax import (
+        data,
+        linen,
+        models,
+        nnx,
+        numerics,
+        ops,
+        optim,
+        recipes,
+        sharding,
+        state,
+        training,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "__version__",
     "data",
     "linen",
     "models",
@@ -23,16 +38,15 @@ __all__ = [
     "state",
     "training",
 ]
-_PARTS = tuple(name for name in __all__ if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _PARTS:
+    if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(
-        f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(_PARTS)}."
+        f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(__all__)}."
     )
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PARTS])
+    return sorted([*globals(), *__all__])

@@ -1,6 +1,5 @@
 """The dry-run table of an NNX model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from lowprec_jax.nnx.quantize import layers, op_attribute
-from lowprec_jax.ops.plan import LAYER_MARK, Plan, find_matmuls, make_plan
+from lowprec_jax.ops.plan import Plan, find_matmuls, make_plan, mark_layer
 from lowprec_jax.recipes import Rules, assign
 
 
@@ -36,25 +35,7 @@ def plan(model: nnx.Module, rules: Rules, *inputs: Any, **kwargs: Any) -> Plan:
         for path, layer in layers(copy):
             attribute = op_attribute(layer)
             plain = jnp.einsum if attribute == "einsum_op" else lax.dot_general
-            setattr(layer, attribute, nnx.static(_marked(path, plain)))
+            setattr(layer, attribute, nnx.static(mark_layer(path, plain)))
         return jax.tree.leaves(copy(*inputs, **kwargs))
 
     return make_plan(assignments, find_matmuls(jax.make_jaxpr(forward)(state, *inputs)))
-
-
-def _marked(path: str, op: Callable) -> Callable:
-    """The op inside a jitted function whose name says which layer it belongs to."""
-
-    def call(*args, **kwargs):
-        statics = [i for i, x in enumerate(args) if not isinstance(x, jax.Array)]
-        arrays = [x for x in args if isinstance(x, jax.Array)]
-
-        def layer(*arrays):
-            rest = iter(arrays)
-            merged = [args[i] if i in statics else next(rest) for i in range(len(args))]
-            return op(*merged, **kwargs)
-
-        layer.__name__ = LAYER_MARK + path
-        return jax.jit(layer)(*arrays)
-
-    return call

@@ -232,7 +232,8 @@ def _multiply(
 ) -> jax.Array:
     """``left x right``, f32. Backward GEMMs accumulate accurately (split accumulation on GPU)."""
     if not (isinstance(left, ScaledArray) and isinstance(right, ScaledArray)):
-        assert not isinstance(left, ScaledArray) and not isinstance(right, ScaledArray)
+        assert not isinstance(left, ScaledArray)
+        assert not isinstance(right, ScaledArray)
         return lax.dot_general(
             left,
             right,

@@ -1,4 +1,4 @@
-"""The operands of a GEMM: quantized in the formats it needs, kept for the backward pass, observed."""
+"""The operands of a GEMM: quantized as its formats need, kept for the backward pass, observed."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jax
 
 from lowprec_jax.recipes import Assignment
 
 # Name of the jitted function that marks the matmul of a layer in a traced program.
-LAYER_MARK = "lowprec_layer:"
+_LAYER_MARK = "lowprec_layer:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,24 @@ class Matmul:
     flops: int
 
 
+def mark_layer(path: str, op: Callable) -> Callable:
+    """`op` inside a jitted function whose name says which layer it belongs to."""
+
+    def call(*args, **kwargs):
+        statics = [i for i, x in enumerate(args) if not isinstance(x, jax.Array)]
+        arrays = [x for x in args if isinstance(x, jax.Array)]
+
+        def layer(*arrays):
+            rest = iter(arrays)
+            merged = [args[i] if i in statics else next(rest) for i in range(len(args))]
+            return op(*merged, **kwargs)
+
+        layer.__name__ = _LAYER_MARK + path
+        return jax.jit(layer)(*arrays)
+
+    return call
+
+
 def find_matmuls(jaxpr: Any) -> list[Matmul]:
     """All matmuls of a traced program (`jax.make_jaxpr`), those of marked layers by their path."""
     return list(_walk(getattr(jaxpr, "jaxpr", jaxpr), "", 1))
@@ -44,7 +64,7 @@ def _walk(jaxpr: Any, layer: str, calls: int) -> Iterator[Matmul]:
             flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
             yield Matmul(layer, lhs, rhs, calls, calls * flops)
         name = str(eqn.params.get("name", ""))
-        inside = name.removeprefix(LAYER_MARK) if name.startswith(LAYER_MARK) else layer
+        inside = name.removeprefix(_LAYER_MARK) if name.startswith(_LAYER_MARK) else layer
         trips = int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):

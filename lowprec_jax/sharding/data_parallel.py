@@ -38,7 +38,7 @@ def local_copy(tree: Any) -> Any:
 
 
 def sum_over_data(tree: Any) -> Any:
-    """Sums a tree over the devices of the enclosing `over_data`, in one collective."""
+    """Sums a tree over the devices of the enclosing `over_data`; XLA makes it one all-reduce."""
     axes = compat.manual_axes()
     return jax.lax.psum(tree, axes) if axes else tree
 

@@ -70,7 +70,7 @@ def build_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, grads, scaling = _gradients(network, state, batch, micro_batches)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update():
