@@ -53,3 +53,16 @@ def manual_axes() -> tuple[str, ...]:
     """The mesh axes that are manual here: those of the enclosing `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return () if mesh.empty else tuple(mesh.manual_axes)
+
+
+def reduction_axes(seen: Iterable[jax.Array], like: Iterable[jax.Array]) -> tuple[str, ...]:
+    """The manual axes to reduce `seen` over, so that it is as replicated as `like`.
+
+    Derived from the axes along which the values vary. Where JAX does not track those (`jax.pmap`,
+    `jax.shard_map` without its checks) they are all manual axes: `like` counts as replicated.
+    """
+    manual = manual_axes()
+    if manual and not varying_axes(to_varying(jax.numpy.zeros(()), manual)):
+        return manual
+    varying = frozenset[str]().union(*map(varying_axes, seen))
+    return tuple(sorted(varying - frozenset[str]().union(*map(varying_axes, like))))

@@ -62,7 +62,7 @@ def dot_general(
     Raises:
       ValueError: delayed scaling without a state, or differentiated without a sink; `rhs_quantized`
         in another format than the recipe's.
-      TypeError: a sink that is an array.
+      TypeError: operands that are no floats; a sink that is an array.
 
     Differs from: Flax `fp8_ops` and Transformer Engine, which return the next state as a gradient
       (summed when a layer is used twice, zeroed when it is not used).
@@ -76,6 +76,11 @@ def dot_general(
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
+        )
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs)):
+        raise TypeError(
+            f"dot_general: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
+            f"{rhs.dtype}. Convert them first, or use recipe 'none'."
         )
     sink, amax = _read_state(recipe, state)
     if recipe.delayed and amax is None:

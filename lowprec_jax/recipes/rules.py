@@ -12,7 +12,7 @@ from lowprec_jax.recipes.registry import get_recipe
 # Named layers whose precision decides quality and whose matmul is a small part of the work. By
 # name, not by position: the order of a module's attributes is not the order of execution.
 HIGH_PRECISION_LAYERS = (
-    r"(.*/)?(\w*embed\w*|wte|wpe|(lm_|output_)?head|logits|\w*router|\w*norm)(/.*)?"
+    r"(?i)(.*/)?(\w*embed\w*|wte|wpe|(lm_|output_)?head|logits|\w*router|\w*norm)(/.*)?"
 )
 
 

@@ -63,8 +63,8 @@ def make_sinks(tree: Tree, *, calibrating: bool = False) -> Tree:
 def collect(tree: Tree, live: Tree) -> Tree:
     """Reads the sinks of a live tree into ``pending`` of the state it was made from.
 
-    Inside `jax.shard_map` the observations are reduced over the axes along which they vary: one
-    `pmax` for the amaxes of the whole model, one `psum` for the counts.
+    Inside `jax.shard_map` and `jax.pmap` the observations are reduced over the axes along which
+    they vary: one `pmax` for the amaxes of the whole model, one `psum` for the counts.
 
     Args:
       tree: the state that was given to `make_sinks`.
@@ -97,11 +97,8 @@ def advance(tree: Tree, when: jax.Array | bool = True) -> Tree:
 
 def reduce_observations(seen: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
     """Reduces observations over the mesh axes along which they, but not `like`, vary."""
-    if not seen:
-        return seen
-    axes = frozenset().union(*(compat.varying_axes(x) for x in seen))
-    axes = tuple(sorted(axes - frozenset().union(*(compat.varying_axes(x) for x in like))))
-    if not axes:
+    axes = compat.reduction_axes(seen, like)
+    if not seen or not axes:
         return seen
     rows = [x.reshape(-1, len(Column)) for x in seen]
     stacked = jnp.concatenate(rows)

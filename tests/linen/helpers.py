@@ -8,9 +8,10 @@ from lowprec_jax.state import sites
 
 
 def scaling_of(variables):
-    """State of each call site; keys are paths of layers, without the op's and variable's names."""
+    """State of each call site by the path of its layer, the op's own name left out."""
     found = sites(variables[OVERWRITE_WITH_GRADIENT])
-    return {"/".join(path.split("/")[:-2]): site for path, site in found}
+    own = ("DotGeneral_0", "scaling")
+    return {"/".join(p for p in path.split("/") if p not in own): site for path, site in found}
 
 
 def newest_amax(variables):

@@ -5,9 +5,9 @@ import pytest
 from flax import linen as nn
 
 import lowprec_jax as lp
+from linen.helpers import newest_amax, scaling_of, sum_of_squares
 from lowprec_jax.errors import UserError
 from lowprec_jax.linen import OVERWRITE_WITH_GRADIENT, dot_general, dot_general_cls, einsum_cls
-from linen.helpers import newest_amax, scaling_of, sum_of_squares
 
 
 class Attention(nn.Module):
@@ -53,7 +53,8 @@ def test_dot_general_cls__in_stock_attention__observes_projections_and_products(
     _, following = jax.jit(lp.linen.value_and_grad(sum_of_squares(model)))(variables, x)
     seen = newest_amax(following)
     base = "MultiHeadDotProductAttention_0"
-    assert len(seen) == 6 and all((amax > 0).all() for amax in seen.values())
+    assert len(seen) == 6
+    assert all((amax > 0).all() for amax in seen.values())
     for name in ("query", "key", "value"):
         amax = seen[f"{base}/{name}"]
         assert amax[0] == jnp.abs(x).max()
@@ -69,7 +70,8 @@ def test_dot_general_cls__recipe_none__equals_the_stock_layer_bitwise(x):
 
 def test_dot_general_cls__made_twice__modules_compare_equal():
     layers = [nn.Dense(7, dot_general_cls=dot_general_cls("fp8_current")) for _ in range(2)]
-    assert layers[0] == layers[1] and hash(layers[0]) == hash(layers[1])
+    assert layers[0] == layers[1]
+    assert hash(layers[0]) == hash(layers[1])
 
 
 def test_dot_general__stateless_recipe__equals_the_module(x):
@@ -99,7 +101,9 @@ def test_apply__evaluation__leaves_the_state_alone(x):
     variables = model.init(jax.random.key(0), x)
     _, after = model.apply(variables, x, mutable=[OVERWRITE_WITH_GRADIENT])
     jax.tree.map(
-        np.testing.assert_array_equal, after, {OVERWRITE_WITH_GRADIENT: variables[OVERWRITE_WITH_GRADIENT]}
+        np.testing.assert_array_equal,
+        after,
+        {OVERWRITE_WITH_GRADIENT: variables[OVERWRITE_WITH_GRADIENT]},
     )
 
 

@@ -1,4 +1,4 @@
-"""Matrix products and their gradients in NumPy float64, casts by `ml_dtypes`. Imports nothing of ours."""
+"""Matrix products and gradients in NumPy float64, casts by `ml_dtypes`. Imports nothing of ours."""
 
 import string
 

@@ -119,7 +119,9 @@ def test_cond__in_a_scan__observes_the_maximum_over_the_steps_that_took_it():
     steps = [_step(W, _fresh(), x, p)[0][1] for x, p in zip(xs, preds, strict=True)]
     expected = jax.tree.map(lambda *g: sum(g), *steps)
     # f32 sums of three gradients in another order.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), grads, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), grads, expected
+    )
 
 
 def test_cond__under_remat__gives_the_same_gradients_and_state():

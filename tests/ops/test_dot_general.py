@@ -255,7 +255,9 @@ def test_dot_general__f16_with_amax_173__has_no_infinity(recipe):
     if site:
         amaxes = jnp.stack([jnp.abs(x).max(), jnp.abs(w).max(), jnp.float32(1)])
         site["amax_history"] = site["amax_history"].at[:, 0].set(amaxes)
-    out = ops.dot_general(x.astype(jnp.float16), w.astype(jnp.float16), NN, recipe=recipe, state=site)
+    out = ops.dot_general(
+        x.astype(jnp.float16), w.astype(jnp.float16), NN, recipe=recipe, state=site
+    )
     assert out.dtype == jnp.float16
     assert int(jnp.isinf(out).sum()) == 0
     assert oracles.relative_error(out, np.float64(x) @ np.float64(w)) < 0.045
@@ -267,7 +269,10 @@ def test_dot_general__mixed_operands__gradients_have_the_primals_dtypes(types, p
     lhs, rhs, grad = map(jnp.asarray, _matrices())
     lhs, rhs = lhs.astype(types[0]), rhs.astype(types[1])
     f = functools.partial(
-        ops.dot_general, dimension_numbers=NN, recipe="fp8_current", preferred_element_type=preferred
+        ops.dot_general,
+        dimension_numbers=NN,
+        recipe="fp8_current",
+        preferred_element_type=preferred,
     )
     out, pull = jax.eval_shape(functools.partial(jax.vjp, f), lhs, rhs)
     grads = jax.eval_shape(lambda a, b, g: jax.vjp(f, a, b)[1](g), lhs, rhs, grad.astype(preferred))
@@ -286,9 +291,7 @@ def test_dot_general__bf16_operands__quantized_in_f32():
     """The codes of bf16 data are those of the same data in f32 (3.7 % differ if rounded twice)."""
     lhs, rhs, _ = (jnp.asarray(x).astype(jnp.bfloat16) for x in _matrices())
     wide = _product(FP8_CURRENT, NN)(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
-    narrow = ops.dot_general(
-        lhs, rhs, NN, recipe="fp8_current", preferred_element_type=jnp.float32
-    )
+    narrow = ops.dot_general(lhs, rhs, NN, recipe="fp8_current", preferred_element_type=jnp.float32)
     _assert_bits(narrow, wide)
 
 
@@ -433,12 +436,12 @@ def test_lowering__calibration__has_no_f8():
 
 def test_dot_general__unknown_backend__suggests():
     lhs, rhs, _ = map(jnp.asarray, _matrices())
-    with pytest.raises(ValueError, match="Unknown backend 'nativ'.*native, upcast.*'native'"):
+    with pytest.raises(ValueError, match=r"Unknown backend 'nativ'.*native, upcast.*'native'"):
         ops.dot_general(lhs, rhs, NN, recipe="fp8_current", backend="nativ")
 
 
 def test_dot_general__unknown_recipe__suggests():
-    with pytest.raises(ValueError, match="'fp8_curent'.*'fp8_current'"):
+    with pytest.raises(ValueError, match=r"'fp8_curent'.*'fp8_current'"):
         ops.dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), NN, recipe="fp8_curent")
 
 
@@ -472,7 +475,7 @@ def test_rhs_quantized__differentiated_through__gives_the_gradient_to_the_operan
 
 def test_rhs_quantized__other_format__is_refused():
     lhs, rhs, _ = map(jnp.asarray, _matrices())
-    with pytest.raises(ValueError, match="rhs_quantized is e5m2.*multiplies e4m3fn"):
+    with pytest.raises(ValueError, match=r"rhs_quantized is e5m2.*multiplies e4m3fn"):
         ops.dot_general(lhs, rhs, NN, recipe="fp8_current", rhs_quantized=quantize(rhs, E5M2))
 
 

@@ -85,7 +85,9 @@ def test_einsum__fp8_gradients__equal_numpy_on_the_grid_or_are_within_gate(subsc
     grad = rng.standard_normal(np.einsum(subscripts, lhs, rhs).shape).astype(np.float32)
 
     def run(lhs, rhs, grad):
-        product, pull = jax.vjp(functools.partial(ops.einsum, subscripts, recipe="fp8_current"), lhs, rhs)
+        product, pull = jax.vjp(
+            functools.partial(ops.einsum, subscripts, recipe="fp8_current"), lhs, rhs
+        )
         return product, *pull(grad)
 
     # A summed label has the same gradient everywhere: ones of its size in the oracle.
@@ -95,13 +97,21 @@ def test_einsum__fp8_gradients__equal_numpy_on_the_grid_or_are_within_gate(subsc
     expected = (
         np.einsum(subscripts, np.float64(lhs), np.float64(rhs)),
         np.einsum(
-            ",".join([out, right, *extra(left)]) + f"->{left}", grad, rhs, *map(ones.get, extra(left))
+            ",".join([out, right, *extra(left)]) + f"->{left}",
+            grad,
+            rhs,
+            *map(ones.get, extra(left)),
         ),
         np.einsum(
-            ",".join([out, left, *extra(right)]) + f"->{right}", grad, lhs, *map(ones.get, extra(right))
+            ",".join([out, left, *extra(right)]) + f"->{right}",
+            grad,
+            lhs,
+            *map(ones.get, extra(right)),
         ),
     )
-    for ours, float64, gate in zip(jax.jit(run)(lhs, rhs, grad), expected, (0.06, 0.1, 0.1), strict=True):
+    for ours, float64, gate in zip(
+        jax.jit(run)(lhs, rhs, grad), expected, (0.06, 0.1, 0.1), strict=True
+    ):
         assert ours.shape == float64.shape
         # Gates of the GEMMs and a third more: with K of 8 the spread over draws is wider.
         assert oracles.relative_error(ours, float64) < gate
@@ -116,7 +126,11 @@ def test_einsum__fp8_gradients__equal_numpy_on_the_grid_or_are_within_gate(subsc
         ("ij,jk->il", [(2, 3), (3, 4)], "has one that no operand has"),
         ("ij,jk->ii", [(2, 3), (3, 4)], "repeats a label"),
         ("ijk,jk->i", [(2, 3), (3, 4)], "names 3 axes of an operand that has 2"),
-        ("ij,jk->ik", [(2, 3), (5, 4)], r"axis 'j' has size 3 in lhs \(2, 3\) and 5 in rhs \(5, 4\)"),
+        (
+            "ij,jk->ik",
+            [(2, 3), (5, 4)],
+            r"axis 'j' has size 3 in lhs \(2, 3\) and 5 in rhs \(5, 4\)",
+        ),
         ("...ijk,jk->...i", [(2, 3), (3, 4)], "names 3 axes of an operand that has 2"),
     ],
 )

@@ -46,7 +46,9 @@ def test_ref__forward_and_backward__count_each_operand_once_a_pass(observation):
 
 @pytest.mark.parametrize("sink", [jnp.zeros((3, 5)), np.zeros((3, 5), np.float32), 0.0])
 def test_check_sink__array__is_refused_with_the_alternatives(sink):
-    with pytest.raises(TypeError, match=r"must be a ref.*one ref per call site, IndexedSink.*Probe"):
+    with pytest.raises(
+        TypeError, match=r"must be a ref.*one ref per call site, IndexedSink.*Probe"
+    ):
         _layer(X, W, sink=sink)
 
 

@@ -36,7 +36,7 @@ def test_get_recipe__recipe__is_returned_as_it_is():
 
 
 def test_get_recipe__misspelt__lists_names_and_suggests_the_nearest():
-    with pytest.raises(UserError, match="'fp8_delaid'.*Known: .*none.*mean 'fp8_delayed'"):
+    with pytest.raises(UserError, match=r"'fp8_delaid'.*Known: .*none.*mean 'fp8_delayed'"):
         get_recipe("fp8_delaid")
 
 

@@ -44,7 +44,8 @@ def test_assign__no_rule_matches__high_precision_with_the_reason():
 
 def test_assign__reasons__name_the_rule_or_the_default():
     reasons = {
-        a.path: a.reason for a in assign(["up", "lm_head"], [("up", "none"), *default_rules("none")])
+        a.path: a.reason
+        for a in assign(["up", "lm_head"], [("up", "none"), *default_rules("none")])
     }
     assert reasons == {"up": "rule 'up'", "lm_head": "high precision by default"}
 

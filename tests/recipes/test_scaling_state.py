@@ -36,7 +36,7 @@ def _recipe(length=16, margin=0, reduction="max"):
 
 
 def _script(length):
-    """f32[> 2 * length, 3]: a different story for each role, non-finite and tiny values included."""
+    """f32[> 2 * length, 3]: a different story for each role, with non-finite and tiny values."""
     rng = np.random.default_rng(0)
     growth = 0.3 * 1.17 ** np.arange(12)
     tail = 2.0 ** rng.uniform(-3, 3, 2 * length + 7)

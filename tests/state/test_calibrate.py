@@ -14,7 +14,7 @@ ROWS, WIDTH, COLUMNS = 131_072, 32, 24
 
 def _mean_loss(w, live, x, target, recipe=FP8_DELAYED):
     out = ops.dot_general(x, w, NN, recipe=recipe, state=live.get("layer"))
-    return jnp.square(out - target).sum() / x.shape[0]
+    return jnp.square(out - target).mean()
 
 
 def _small(rows=16):
@@ -33,7 +33,7 @@ def step_zero_errors():
     w, x, target = _small(ROWS)
     w = w / WIDTH**0.5
     residual = np.float64(x) @ np.float64(w) - np.float64(target)
-    exact = 2 / ROWS * np.float64(x).T @ residual
+    exact = 2 / (ROWS * COLUMNS) * np.float64(x).T @ residual
     step = jax.jit(state.value_and_grad(_mean_loss))
     calibrated = jax.jit(lambda *args: state.calibrate(_mean_loss, *args))(w, _tree(), x, target)
     grads = [step(w, tree, x, target)[0][1] for tree in (calibrated, _tree())]
@@ -47,14 +47,13 @@ def test_calibrate__mean_over_131072_rows__first_gradient_is_within_6_percent(st
 
 def test_calibrate__left_out__first_gradient_underflows(step_zero_errors):
     calibrated, cold = step_zero_errors
-    assert cold > 0.3
-    assert cold > 5 * calibrated
+    assert calibrated < 0.06 < 0.5 < cold
 
 
 def test_calibrate__one_batch__fills_the_newest_slot_with_the_amaxes_of_high_precision():
     w, x, target = _small()
     site = jax.jit(lambda *a: state.calibrate(_mean_loss, *a))(w, _tree(), x, target)["layer"]
-    grad = jax.jit(jax.grad(lambda y: jnp.square(y - target).sum() / 16))(x @ w)
+    grad = jax.jit(jax.grad(lambda y: jnp.square(y - target).mean()))(x @ w)
     amaxes = [np.abs(np.asarray(a)).max() for a in (x, w, grad)]
     # The gradient's is that of a product; eps of f32 is 6e-8.
     np.testing.assert_array_equal(site["amax_history"][:2, 0], amaxes[:2])

@@ -190,7 +190,8 @@ def test_advance__optax_multi_steps__pushes_once_per_optimizer_step():
     @jax.jit
     def step(w, tree, opt_state, x, c):
         (_, grads), tree = state.value_and_grad(_loss)(w, tree, x, c)
-        updates, opt_state = optimizer.update(grads, opt_state, w)
+        with jax.numpy_dtype_promotion("standard"):  # Optax counts micro-batches in int32
+            updates, opt_state = optimizer.update(grads, opt_state, w)
         w = optax.apply_updates(w, updates)
         return w, state.advance(tree, when=optimizer.has_updated(opt_state)), opt_state
 
@@ -232,15 +233,8 @@ def test_value_and_grad__layer_off_the_loss_path__never_loses_its_state(runs):
     tree = {"layer": used, "idle": used}
     _, new = jax.jit(state.value_and_grad(loss))(W, tree, X, C)
     new = state.advance(new)
-    if runs:
-        np.testing.assert_array_equal(
-            new["idle"]["amax_history"][:, 0], [*_amaxes(2 * X, W), used["amax_history"][2, 0]]
-        )
-        np.testing.assert_array_equal(
-            new["idle"]["amax_history"][Role.OUTPUT_GRAD], used["amax_history"][Role.OUTPUT_GRAD]
-        )
-    else:
-        _assert_same(new["idle"], used)
+    _assert_same(new["idle"], used)
+    np.testing.assert_array_equal(jax.jit(_layer)(W, new["idle"], X), jax.jit(_layer)(W, used, X))
 
 
 def test_value_and_grad__frozen_trunk__is_still_observed():
@@ -265,7 +259,7 @@ def test_evaluation__state_without_sinks__is_unchanged_and_the_value_is_that_of_
 
 
 def test_grad__no_sinks__is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="differentiated without a sink.*value_and_grad"):
+    with pytest.raises(ValueError, match=r"differentiated without a sink.*value_and_grad"):
         jax.grad(_loss)(W, _tree(), X, C)
 
 
@@ -391,15 +385,16 @@ def test_jit__batch_sharded_on_a_mesh__state_is_bitwise_that_of_one_device(kind)
         _assert_same_step(_three_steps(jax.jit(_two_layer_step), prepare))
 
 
-def test_pmap__eight_devices__state_is_that_of_one_device():
+def _pmapped(step):
     split = lambda x: x.reshape(DEVICES, -1, *x.shape[1:])  # noqa: E731
-    step = jax.pmap(_two_layer_step, "data", in_axes=(None, None, 0, 0), out_axes=0)
-    ws, tree = WS, _two_sites()
-    for _ in range(3):
-        grads, tree = step(ws, tree, split(X), split(C2))
-        for leaf in jax.tree.leaves(tree):
-            np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-        tree = jax.tree.map(lambda x: x[0], jax.device_get(tree))
-    del grads
-    for name, expected in _single_device()[1].items():
-        np.testing.assert_array_equal(tree[name]["amax_history"], expected["amax_history"])
+    run = jax.pmap(step, "data", in_axes=(None, None, 0, 0))
+    return jax.device_get(run(WS, _two_sites(), split(X), split(C2))[1])
+
+
+def test_pmap__every_device__state_is_that_of_one_device():
+    expected = state.advance(jax.jit(state.value_and_grad(_two_layers))(WS, _two_sites(), X, C2)[1])
+    for name, site in _pmapped(_two_layer_step).items():
+        for device in range(DEVICES):
+            np.testing.assert_array_equal(
+                site["amax_history"][device], expected[name]["amax_history"]
+            )
