@@ -88,7 +88,7 @@ class Quantized(nn.Module):
         """The model in the place of this module; where it is if it has a place of its own."""
         if self.scope is None or self.model.parent is not self:
             return self.model
-        return self.model.unbind()[0].clone(parent=self.scope.rewound())
+        return _moved(self.model, self.scope.rewound())
 
     @nn.nowrap
     def _entry(self, method: Any) -> Callable | None:
@@ -157,6 +157,25 @@ def layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Layer]:
     with nn.intercept_methods(record):
         jax.eval_shape(lambda *xs: model.init(jax.random.key(0), *xs, **kwargs), *inputs)
     return list(found.values())
+
+
+def _moved(module: nn.Module, parent: Any) -> nn.Module:
+    """A copy of a module in another place, with the submodules it owns; borrowed ones stay."""
+
+    def is_module(x: Any) -> bool:
+        return isinstance(x, nn.Module)
+
+    def move(x: Any) -> Any:
+        return _moved(x, None) if is_module(x) and x.parent is module else x
+
+    names = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    fields = {name: getattr(module, name) for name in names}
+    fields = {
+        name: jax.tree.map(move, value, is_leaf=is_module)
+        for name, value in fields.items()
+        if any(map(is_module, jax.tree.leaves(value, is_leaf=is_module)))
+    }
+    return module.clone(parent=parent, **fields)
 
 
 def _quantizing(prefix: tuple[str, ...], rules: tuple, met: set[str]) -> Callable:

@@ -14,7 +14,7 @@ from lowprec_jax.recipes import Column, Recipe, Role, get_recipe, init_state
 
 
 class Scaling(nnx.Variable):
-    """Scaling state of a call site: the dict of `lowprec_jax.recipes.init_state`.
+    """One array of the scaling state of a call site, see `lowprec_jax.recipes.init_state`.
 
     No `nnx.Param`: optimizers, gradients and weight decay never see it.
     """
@@ -51,23 +51,23 @@ class Site(nnx.Module):
     def __init__(self, recipe: Recipe | str, *, stack: tuple[int, ...] = ()):
         self.recipe = get_recipe(recipe)
         state = init_state(self.recipe, stack)
-        self.scaling = Scaling(state) if state else nnx.data(None)
+        self.scaling = nnx.Dict({name: Scaling(value) for name, value in state.items()})
         self.observer: Observer | None = nnx.static(None)
         self.index: SiteIndex | None = nnx.data(None)
 
     def get_scaling(self) -> dict[str, jax.Array]:
         """The scaling state; empty for a recipe without state."""
-        return {} if self.scaling is None else dict(self.scaling.get_value())
+        return {name: variable.get_value() for name, variable in self.scaling.items()}
 
     def set_scaling(self, state: dict[str, jax.Array]) -> None:
         """Replaces the scaling state."""
-        assert self.scaling is not None
-        self.scaling.set_value(state)
+        for name, value in state.items():
+            self.scaling[name].set_value(value)
 
     @property
     def state(self) -> dict[str, Any] | None:
         """The state that the op is given: with a sink during an observed call."""
-        if self.scaling is None:
+        if not self.scaling:
             return None
         state: dict[str, Any] = self.get_scaling()
         observer = self.observer
@@ -94,7 +94,7 @@ class Site(nnx.Module):
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of the state: those of the stack of layers, if any."""
-        return self.get_scaling()["pending"].shape[:-2] if self.scaling is not None else ()
+        return self.get_scaling()["pending"].shape[:-2] if self.scaling else ()
 
     def new_observer(self, *, calibrating: bool, make_ref) -> Observer:
         """An observer for one call; `make_ref` turns zeros into a ref."""
@@ -167,5 +167,5 @@ def iter_sites(*nodes: Any) -> Iterator[tuple[str, Site]]:
     """
     first = 0 if len(nodes) > 1 else 1
     for path, value in nnx.iter_graph(list(nodes)):
-        if isinstance(value, Site) and value.scaling is not None:
+        if isinstance(value, Site) and value.scaling:
             yield "/".join(map(str, path[first:])), value

@@ -27,7 +27,7 @@ def test_dot_general__in_stock_linear_general__observes_exactly():
     op = lp.nnx.DotGeneral("fp8_delayed")
     layer = nnx.LinearGeneral(WIDTH, HIDDEN, use_bias=False, dot_general=op, rngs=nnx.Rngs(0))
     step(layer, X, C)
-    newest = op.scaling.get_value()["amax_history"][:, 0]
+    newest = op.get_scaling()["amax_history"][:, 0]
     np.testing.assert_array_equal(newest, amaxes(X, kernel_of(layer), C))
 
 
@@ -35,7 +35,7 @@ def test_einsum_op__in_stock_einsum__observes_exactly():
     op = lp.nnx.EinsumOp("fp8_delayed")
     layer = nnx.Einsum("bi,io->bo", (WIDTH, HIDDEN), einsum_op=op, rngs=nnx.Rngs(0))
     step(layer, X, C)
-    newest = op.scaling.get_value()["amax_history"][:, 0]
+    newest = op.get_scaling()["amax_history"][:, 0]
     np.testing.assert_array_equal(newest, amaxes(X, kernel_of(layer), C))
 
 
@@ -119,3 +119,12 @@ def test_cond__with_state_as_operand__observes_the_branch_that_runs_only():
     conditional(nnx.List([first, second]), jnp.array(False), X, C)
     assert_same(lp.nnx.scaling_state(first), lp.nnx.scaling_state(expected))
     assert lp.nnx.scaling_state(second)["dot_general"]["amax_history"][2, 0] == amaxes(C)[0]
+
+
+def test_scaling__pure_dict_round_trip__state_is_restored_bitwise():
+    trained, fresh = linear(), linear()
+    step(trained, X, C)
+    state = nnx.state(fresh)
+    nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.state(trained)))
+    nnx.update(fresh, state)
+    assert_same(lp.nnx.scaling_state(fresh), lp.nnx.scaling_state(trained))

@@ -1,0 +1,208 @@
+"""A whole run: the files it leaves, its numbers, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowprec_jax.cli.config_file import load_config
+from lowprec_jax.data import load_tokenizer
+from lowprec_jax.errors import UserError
+from lowprec_jax.training.config import RuleConfig, TrainConfig
+from lowprec_jax.training.loop import train
+from lowprec_jax.training.metrics import MAX_SKIPPED, MetricsLog, StepReader
+from lowprec_jax.training.run_directory import RunDirectory
+from lowprec_jax.training.step import StepMetrics
+
+FILES = {
+    "checkpoints",
+    "config.yaml",
+    "data_card.json",
+    "environment.json",
+    "loss.png",
+    "metrics.jsonl",
+    "samples.txt",
+    "summary.json",
+    "tokenizer.json",
+}
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def records(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def is_fp8(runs) -> bool:
+    return runs.config.precision.recipe != "none"
+
+
+def test_run__its_directory__holds_every_file(runs):
+    for run in (runs.straight, runs.resumed):
+        names = {path.name for path in run.iterdir()} - {"tensorboard"}
+        assert names == (FILES | {"health.png"} if is_fp8(runs) else FILES)
+        checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
+        assert checkpoints == {"4", "8"}
+
+
+def test_run__metrics__have_every_step_and_every_evaluation_once(runs):
+    for run in (runs.straight, runs.resumed):
+        found = records(run)
+        assert [r["step"] for r in found if "loss" in r] == list(range(1, 9))
+        assert [r["step"] for r in found if "validation_loss" in r] == [2, 4, 6, 8]
+        assert len(found) == 12
+        for record in found:
+            values = [v for v in record.values() if isinstance(v, int | float)]
+            assert all(map(math.isfinite, values))
+        steps = [r for r in found if "loss" in r]
+        assert all(("saturated" in r) == is_fp8(runs) for r in steps)
+        assert all(r["seconds"] > 0 and r["tokens_per_second"] > 0 for r in steps)
+
+
+def test_run__summary__agrees_with_the_metrics(runs):
+    validation = [r["validation_loss"] for r in records(runs.straight) if "validation_loss" in r]
+    summary = read_json(runs.straight / "summary.json")
+    assert summary == runs.summary
+    assert summary["steps"] == 8
+    assert summary["recipe"] == runs.config.precision.recipe
+    assert summary["validation_loss"] == validation[-1]
+    assert summary["best_validation_loss"] == min(validation)
+    typical = summary["median_step_seconds"]
+    tokens = runs.config.batch_size * runs.config.model.context
+    assert summary["tokens_per_second"] == pytest.approx(tokens / typical)
+
+
+def test_run__summary__counts_the_fp8_products(runs):
+    """Two layers of four quantized projections, each with three products."""
+    gemms = runs.summary["gemms"]
+    fp8 = 2 * 4 * 3 if is_fp8(runs) else 0
+    assert gemms["native"] + gemms["emulated"] == fp8
+    # Scores and values of attention in two layers and the head, forward and backward.
+    assert sum(gemms.values()) == 2 * (4 + 2) * 3 + 3
+
+
+def test_run__losses__fall(runs):
+    losses = [r["loss"] for r in records(runs.straight) if "loss" in r]
+    assert losses[0] == pytest.approx(math.log(256), rel=0.05)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_run__config_yaml__is_the_config(runs):
+    assert load_config(TrainConfig, runs.straight / "config.yaml") == runs.config
+
+
+def test_run__data_card_and_tokenizer__are_those_of_the_text(runs):
+    card = read_json(runs.straight / "data_card.json")
+    text = Path(runs.config.data.source).read_text(encoding="utf-8")
+    assert card["train"]["characters"] + card["validation"]["characters"] == len(text)
+    tokenizer = load_tokenizer(runs.straight / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode("line 7")) == "line 7"
+    assert read_json(runs.straight / "environment.json")["devices"]
+
+
+def test_run__plots__are_pictures(runs):
+    for path in runs.straight.glob("*.png"):
+        data = path.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", data[16:24])
+        assert width > 500, path
+        assert height > 300, path
+
+
+# What a run refuses.
+
+
+def test_run__rules_that_exclude_every_layer__are_not_taken_for_fp8(run_config, tmp_path):
+    precision = {"rules": (RuleConfig(path=".*", recipe="none"),)}
+    config = run_config(tmp_path / "run", precision=precision)
+    with pytest.raises(UserError, match="'fp8_delayed' was asked for, but none of the 39 matmuls"):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # the corrected command may use it
+
+
+def test_run__prompt_the_tokenizer_cannot_encode__is_refused_before_training(run_config, tmp_path):
+    config = run_config(tmp_path / "run", sample_prompt="€")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="char"))
+    with pytest.raises(UserError, match="€"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+# The parts of a run directory.
+
+
+def test_run_directory__last_line_cut_off__is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste', encoding="utf-8")
+    assert RunDirectory(str(tmp_path), resume=True).read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_run_directory__drop_after_a_step__keeps_the_rest_in_order(tmp_path):
+    lines = ['{"step": 1, "a": 0.1}', '{"step": 2}', '{"step": 2, "b": 3}', '{"step": 3}', '{"x']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = RunDirectory(str(tmp_path), resume=True)
+    run.drop_metrics_after(2)
+    kept = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert kept == "".join(f"{line}\n" for line in lines[:3])
+
+
+def test_run_directory__resume_with_nothing_there__is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nothing_here holds no run to resume"):
+        RunDirectory(str(tmp_path / "nothing_here"), resume=True)
+    assert not (tmp_path / "nothing_here").exists()
+
+
+def test_run_directory__a_run_is_there__is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"holds a run already\. Add --resume True") as caught:
+        RunDirectory(str(tmp_path), resume=False)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_run_directory__a_file_is_in_the_way__is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Cannot make the run directory .*file"):
+        RunDirectory(str(tmp_path / "file" / "run"), resume=False)
+
+
+class Shown:
+    def __init__(self):
+        self.steps = []
+
+    def update(self, record):
+        self.steps.append(record["step"])
+
+
+def metrics_of(*, skipped: int) -> StepMetrics:
+    return StepMetrics(np.float32(1.5), np.float32(0.5), np.int32(skipped), None)
+
+
+def test_step_reader__reads_one_step_late__and_misses_none(tmp_path):
+    log, shown = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard"), Shown()
+    reader = StepReader([], log, shown, tokens=7)
+    for step in (1, 2, 3):
+        reader.next(step, metrics_of(skipped=0))
+        assert shown.steps == list(range(1, step))
+    reader.finish()
+    reader.finish()
+    log.close()
+    assert shown.steps == [1, 2, 3]
+    assert len(reader.seconds) == 3
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
+
+
+def test_step_reader__too_many_skipped_in_a_row__stops_the_run(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    reader = StepReader([], log, Shown(), tokens=7)
+    skipped = [1] * (MAX_SKIPPED - 1) + [0] + [1] * MAX_SKIPPED
+    for step, value in enumerate(skipped, 1):
+        reader.next(step, metrics_of(skipped=value))
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} steps in a row.*step 40"):
+        reader.finish()
+    log.close()
