@@ -20,7 +20,7 @@ from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.dimensions import Dimensions, DotDimensions
 from lowprec_jax.ops.operands import Operand, as_bytes, as_codes, forms_of, keep, observe
-from lowprec_jax.recipes import Recipe, Role, get_recipe, history_amax
+from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe, history_amax
 
 
 def dot_general(
@@ -160,7 +160,7 @@ def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray
 def _dot(call: _Call, lhs, rhs, amax, sink, codes):
     out, _, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
     if seen is not None:
-        sinks.write(sink, jnp.concatenate([seen, jnp.zeros_like(seen[:1])]))
+        sinks.write(sink, jnp.pad(seen, ((0, 1), (0, 0))))
     return out
 
 
@@ -173,6 +173,10 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
             "loop of your own."
         )
     out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
+    if seen is not None and not isinstance(sink, sinks.Probe):
+        # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
+        # backward rule never runs. Not the counts: under remat this rule runs twice.
+        sinks.write(sink, jnp.pad(amax_only(seen), ((0, 1), (0, 0))))
     return out, (*kept, amax, seen, sink)
 
 

@@ -62,6 +62,11 @@ def merge_observations(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(is_amax, jnp.maximum(a, b), a + b)
 
 
+def amax_only(observation: jax.Array) -> jax.Array:
+    """An observation f32[..., 5] without its counts."""
+    return jnp.where(jnp.arange(len(Column)) == Column.AMAX, observation, 0.0)
+
+
 def advance_state(state: State, when: jax.Array | bool = True) -> State:
     """Completes an optimizer step of one call site: pushes what was observed, once.
 
@@ -78,7 +83,9 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
     """
     pending = state["pending"]
     amax = pending[..., Column.AMAX]
-    done = (pending[..., Column.SIZE] > 0) & jnp.asarray(when)
+    # An amax without a size comes from a layer whose backward pass did not run.
+    seen = (pending[..., Column.SIZE] > 0) | (amax != 0)
+    done = seen & jnp.asarray(when)
     pushed = done & usable(amax)
     new = {
         "pending": jnp.where(done[..., None], jnp.zeros_like(pending), pending),

@@ -203,7 +203,7 @@ def test_value_and_grad__module_called_three_times__takes_the_max(x):
     assert_trees_equal(newest_amax(grads)["dense"], amaxes(3 * x, kernel, 2 * out))
 
 
-def test_value_and_grad__layer_off_the_loss_path__keeps_its_state(x):
+def test_value_and_grad__layer_off_the_loss_path__operands_observed_output_grad_kept(x):
     class Unused(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -216,7 +216,11 @@ def test_value_and_grad__layer_off_the_loss_path__keeps_its_state(x):
     filled["DotGeneral_0"]["scaling"]["pending"] *= 0
     variables[OVERWRITE_WITH_GRADIENT]["unused"] = filled
     _, grads = step(sum_of_squares(model))(variables, x)
-    assert_trees_equal(grads[OVERWRITE_WITH_GRADIENT]["unused"], filled)
+    after = grads[OVERWRITE_WITH_GRADIENT]["unused"]["DotGeneral_0"]["scaling"]
+    before = filled["DotGeneral_0"]["scaling"]
+    assert_trees_equal(*({k: v[2] for k, v in scaling.items()} for scaling in (after, before)))
+    kernel = variables["params"]["unused"]["kernel"]
+    assert_trees_equal(after["amax_history"][:2, 0], amaxes(x, kernel))
     assert (newest_amax(grads)["used"] > 0).all()
 
 

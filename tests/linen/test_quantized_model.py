@@ -85,6 +85,28 @@ class Whole(nn.Module):
         return nn.Dense(3)(trunk(0.01 * trunk(x)))
 
 
+class Borrower(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class Lender(nn.Module):
+    """A part is quantized and borrows a layer that is also used outside of it."""
+
+    quantized: bool
+
+    def setup(self):
+        self.dense = nn.Dense(5)
+        part = Borrower(self.dense)
+        self.part = quantize(part, "fp8_current") if self.quantized else part
+
+    def __call__(self, x):
+        return self.part(x), self.dense(x)
+
+
 MODELS = {
     "attentive": Attentive(),
     "setup": SetUp(),
@@ -198,15 +220,12 @@ def test_quantize__capture_intermediates__layers_report_once(x):
     assert len(calls["__call__"]) == len(calls["encoder"]["__call__"]) == 1
 
 
-def test_quantize__after_a_call__nothing_is_left_behind(x):
-    layer = nn.Dense(5)
-    variables = init(layer, x)
-    before = layer.apply(variables, x)
-    bound = quantize(layer, "fp8_current").bind(variables)
-    assert (bound(x) != before).any()
-    assert layer.dot_general_cls is None
-    assert bound.model.dot_general_cls is None
-    assert (layer.apply(variables, x) == before).all()
+def test_quantize__layer_lent_to_a_quantized_part__is_quantized_only_there(x):
+    variables = init(Lender(False), x)
+    assert_trees_equal(init(Lender(True), x), variables)
+    (inside, outside), (_, plain) = (Lender(q).apply(variables, x) for q in (True, False))
+    assert (inside != plain).any()
+    assert (outside == plain).all()
 
 
 def test_quantize__layer_with_its_own_dot_general__is_left_alone(x):

@@ -220,21 +220,43 @@ def test_value_and_grad__same_site_three_times__takes_the_maximum():
     np.testing.assert_array_equal(new["layer"]["pending"][0, Column.SIZE], 3 * X.size)
 
 
-@pytest.mark.parametrize("runs", [False, True])
-def test_value_and_grad__layer_off_the_loss_path__never_loses_its_state(runs):
+def test_value_and_grad__layer_that_does_not_run__keeps_its_state():
     """Flax's op zeroes it, and the next output of the layer is zero or NaN."""
-
-    def loss(w, live, x, c):
-        if runs:  # it runs, but nothing depends on it
-            _layer(w, live["idle"], 2 * x)
-        return _loss(w, live, x, c)
-
     used = state.advance(_step(W, _tree(), X, C)[1])["layer"]
     tree = {"layer": used, "idle": used}
-    _, new = jax.jit(state.value_and_grad(loss))(W, tree, X, C)
+    _, new = jax.jit(state.value_and_grad(_loss))(W, tree, X, C)
     new = state.advance(new)
     _assert_same(new["idle"], used)
     np.testing.assert_array_equal(jax.jit(_layer)(W, new["idle"], X), jax.jit(_layer)(W, used, X))
+
+
+def test_value_and_grad__layer_off_the_loss_path__operands_observed_output_grad_kept():
+    def loss(w, live, x, c):
+        _layer(w, live["idle"], 2 * x)  # it runs, but nothing depends on it
+        return _loss(w, live, x, c)
+
+    used = state.advance(_step(W, _tree(), X, C)[1])["layer"]
+    _, new = jax.jit(state.value_and_grad(loss))(W, {"layer": used, "idle": used}, X, C)
+    idle = state.advance(new)["idle"]
+    for key, value in idle.items():
+        np.testing.assert_array_equal(value[Role.OUTPUT_GRAD], used[key][Role.OUTPUT_GRAD])
+    expected = _amaxes(2 * X, W)
+    np.testing.assert_array_equal(idle["amax_history"][: Role.OUTPUT_GRAD, 0], expected)
+
+
+def test_value_and_grad__trunk_frozen_by_stop_gradient_on_its_output__is_observed():
+    head = jax.random.normal(jax.random.key(5), (COLUMNS, 8))
+
+    def loss(weights, live, x):
+        hidden = lax.stop_gradient(_layer(weights["trunk"], live["trunk"], x))
+        return _layer(weights["head"], live["head"], hidden).sum()
+
+    tree = {"trunk": init_state(FP8_DELAYED), "head": init_state(FP8_DELAYED)}
+    weights = {"trunk": W, "head": head}
+    _, new = jax.jit(state.value_and_grad(loss))(weights, tree, X)
+    np.testing.assert_array_equal(_seen(new, "trunk"), [*_amaxes(X, W), 0])
+    newest = state.advance(new)["trunk"]["amax_history"][:, 0]
+    np.testing.assert_array_equal(newest, [*_amaxes(X, W), 0])
 
 
 def test_value_and_grad__frozen_trunk__is_still_observed():
