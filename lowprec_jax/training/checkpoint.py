@@ -69,6 +69,7 @@ class Checkpoints:
                 f"that has one, or delete {self._directory.parent} and start without --resume."
             )
         ocp = self._ocp
+        self._check_format(step)
         replicated = NamedSharding(mesh, P())
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), like._asdict()
@@ -84,6 +85,17 @@ class Checkpoints:
                 "with (see config.yaml beside it)."
             ) from error
         return TrainState(**restored["state"])
+
+    def _check_format(self, step: int) -> None:
+        ocp = self._ocp
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        version = about["about"]["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"The checkpoint of step {step} in {self._directory} has format {version}; this "
+                f"version of lowprec_jax reads format {FORMAT_VERSION}. Resume with the version "
+                "that wrote it (see environment.json beside it)."
+            )
 
 
 def _first_line(error: Exception) -> str:

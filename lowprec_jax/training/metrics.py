@@ -1,6 +1,7 @@
 """Where metrics go: a JSONL file first, then TensorBoard and the progress line."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -54,8 +55,12 @@ class MetricsLog:
         self._board = _tensorboard_writer(tensorboard)
 
     def write(self, record: Record) -> None:
-        """Appends one record; its numbers go to TensorBoard under its step."""
-        self._file.write(json.dumps(record) + "\n")
+        """Appends one record; its numbers go to TensorBoard under its step.
+
+        A number that is not finite becomes null: JSON has none.
+        """
+        finite = {k: None if _is_nonfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():
@@ -67,6 +72,10 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _tensorboard_writer(path: Path) -> Any:

@@ -43,7 +43,7 @@ def plot_health(records: list[Record], path: Path, title: str) -> None:
 
 
 def _series(records: list[Record], name: str) -> tuple[list[int], list[float]]:
-    found = [(r["step"], r[name]) for r in records if name in r]
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lowprec_jax.errors import UserError
+from lowprec_jax.training import checkpoint
 from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.loop import train
 from training.helpers import assert_same_bits, start, tiny_config
@@ -97,6 +98,12 @@ def test_resume__killed_before_the_first_checkpoint__says_how_to_start_anew(run_
     with pytest.raises(UserError, match="No checkpoint to resume from") as caught:
         train(run_config(run, recipe="none", resume=True))
     assert f"delete {run}" in str(caught.value)
+
+
+def test_resume__checkpoint_of_another_format__is_refused(fp8_run, run_config, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    with pytest.raises(UserError, match=r"has format 1; this version .* reads format 2"):
+        train(run_config(fp8_run, plots=False, sample_tokens=0, steps=8, resume=True))
 
 
 def test_checkpoints__only_the_newest__stay(fp8_run):

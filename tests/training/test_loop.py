@@ -206,3 +206,21 @@ def test_step_reader__too_many_skipped_in_a_row__stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} steps in a row.*step 40"):
         reader.finish()
     log.close()
+
+
+def test_metrics_log__number_that_is_not_finite__is_null_so_that_the_file_is_json(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "worst": "head", "skipped": 1})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "worst": "head",
+        "skipped": 1,
+    }
