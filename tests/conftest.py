@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA:CPU sizes its thread pool by cores; collectives of emulated devices deadlock with fewer threads.
+# XLA:CPU sizes its thread pool by cores: too few threads for the collectives of emulated devices.
 os.environ.setdefault("PJRT_NPROC", "32")
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
