@@ -3,11 +3,7 @@
 The same as ``lowprec_jax train``. ``--help`` lists every option.
 """
 
-import os
 import sys
-
-# Before JAX starts: emulated CPU devices deadlock at random with fewer threads.
-os.environ.setdefault("PJRT_NPROC", "32")
 
 from lowprec_jax.cli.main import main
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lowprec_jax.cli.environment import prepare_environment, set_thread_pool
+from lowprec_jax.cli.environment import prepare_environment
 from lowprec_jax.errors import ConfigError, UserError, did_you_mean
 
 __all__ = ["main"]
@@ -35,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: words after the program's name; None: those of this process.
     """
-    set_thread_pool()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

@@ -11,7 +11,7 @@ FLAG = "--xla_force_host_platform_device_count"
 
 
 def config(devices: int) -> TrainConfig:
-    return TrainConfig(batch_size=8, mesh=MeshConfig(data=devices))
+    return TrainConfig(batch_size=16, mesh=MeshConfig(data=devices))
 
 
 @pytest.fixture
@@ -24,15 +24,22 @@ def plugins(monkeypatch):
     return installed
 
 
-def test_prepare_environment__one_device__sets_threads_only(plugins):
+def test_prepare_environment__one_device__sets_nothing(plugins):
     environ: dict[str, str] = {}
     prepare_environment(config(1), environ)
-    assert environ == {"PJRT_NPROC": "32"}
+    assert environ == {}
+
+
+@pytest.mark.parametrize(("devices", "threads"), [(2, "32"), (8, "32"), (16, "64")])
+def test_prepare_environment__emulated_devices__have_threads_enough(plugins, devices, threads):
+    environ: dict[str, str] = {}
+    prepare_environment(config(devices), environ)
+    assert environ["PJRT_NPROC"] == threads
 
 
 def test_prepare_environment__threads_of_the_user__stay(plugins):
     environ = {"PJRT_NPROC": "5"}
-    prepare_environment(config(1), environ)
+    prepare_environment(config(4), environ)
     assert environ["PJRT_NPROC"] == "5"
 
 

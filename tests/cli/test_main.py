@@ -1,6 +1,5 @@
 """The command in a subprocess: exit codes, messages, speed, and what is imported."""
 
-import os
 import subprocess
 import sys
 import time
@@ -92,15 +91,6 @@ def test_main__help__shows_options_values_and_configs(capsys):
         assert part in shown
 
 
-def test_main__sets_the_thread_pool__before_a_subcommand_runs(monkeypatch):
-    monkeypatch.delenv("PJRT_NPROC", raising=False)
-    seen = []
-    command = main_module._Command("", lambda words: seen.append(os.environ["PJRT_NPROC"]))
-    monkeypatch.setitem(main_module._COMMANDS, "probe", command)
-    assert main(["probe"]) == 0
-    assert seen == ["32"]
-
-
 def _raising(error: BaseException):
     def command(words: list[str]) -> None:
         raise error
@@ -116,8 +106,6 @@ def test_main__user_error__is_shown_on_one_line(monkeypatch, capsys):
 
 def test_main__data_error__is_bad_input(monkeypatch, capsys):
     data = pytest.importorskip("lowprec_jax.data")
-    if not hasattr(data, "DataError"):
-        pytest.skip("lowprec_jax.data has no DataError yet")
     monkeypatch.setitem(main_module._COMMANDS, "probe", _raising(data.DataError("no text")))
     assert main(["probe"]) == 2
     assert "no text" in capsys.readouterr().err
