@@ -157,14 +157,14 @@ def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(call: _Call, lhs, rhs, amax, sink: Any, codes):
+def _dot(call: _Call, lhs, rhs, amax, sink, codes):
     out, _, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
-    if seen is not None:
+    if sink is not None and seen is not None:
         sinks.write(sink, jnp.pad(seen, ((0, 1), (0, 0))))
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, amax, sink: Any, codes):
+def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
     if sink is None and call.recipe.delayed:
         raise ValueError(
             f"A layer with recipe {call.recipe.name!r} is differentiated without a sink: its "
@@ -173,7 +173,7 @@ def _fwd(call: _Call, lhs, rhs, amax, sink: Any, codes):
             "loop of your own."
         )
     out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
-    if seen is not None and not isinstance(sink, sinks.Probe):
+    if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
         sinks.write(sink, jnp.pad(amax_only(seen), ((0, 1), (0, 0))))
