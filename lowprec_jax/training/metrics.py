@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lowprec_jax.training.step import StepMetrics
 
@@ -87,34 +89,38 @@ def _tensorboard_writer(path: Path) -> Any:
 
 
 class ProgressLine:
-    """The line that a person watches: loss, tokens/s, ETA, FP8 health.
+    """What a person watches: a bar with ETA; below it loss, tokens/s and FP8 health.
 
     Without a terminal, or with `live` off, one plain line is printed every `every` steps.
     """
 
     def __init__(self, console: Console, start: int, steps: int, *, live: bool, every: int):
         self._console = console
-        self._live = live and console.is_terminal
-        self._every, self._steps = every, steps
+        self._every, self._steps, self._first = every, steps, start
         self._validation = ""
-        self._progress = Progress(
+        self._rate: float | None = None  # tokens per second, running mean
+        self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not self._live,
         )
-        self._task = self._progress.add_task("", total=steps, completed=start)
-        self._begin, self._first = time.perf_counter(), start
+        self._task = self._bar.add_task("", total=steps, completed=start)
+        self._text = Text()
+        self._live = None
+        if live and console.is_terminal:
+            self._live = Live(Group(self._bar, self._text), console=console, refresh_per_second=8)
+        self._begin = time.perf_counter()
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def validation(self, loss: float) -> None:
         """Remembers the newest validation loss."""
@@ -122,10 +128,13 @@ class ProgressLine:
 
     def update(self, record: Record) -> None:
         """Shows a step."""
-        line = _describe(record) + self._validation
-        self._progress.update(self._task, completed=record["step"], description=line)
-        step = record["step"]
-        if not self._live and (step % self._every == 0 or step == self._steps):
+        step, rate = record["step"], record["tokens_per_second"]
+        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        line = _describe(record, self._rate) + self._validation
+        if self._live is not None:
+            self._text.plain = line
+            self._bar.update(self._task, completed=step)
+        elif step % self._every == 0 or step == self._steps:
             elapsed = time.perf_counter() - self._begin
             eta = elapsed / max(step - self._first, 1) * (self._steps - step)
             self._console.print(
@@ -188,8 +197,8 @@ class StepReader:
             )
 
 
-def _describe(record: Record) -> str:
-    line = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
+def _describe(record: Record, tokens_per_second: float) -> str:
+    line = f"loss {record['loss']:.4f}  {tokens_per_second:,.0f} tok/s"
     if "saturated" in record:
         line += (
             f"  FP8: sat {record['saturated']:.2%} under {record['underflow']:.2%}"
