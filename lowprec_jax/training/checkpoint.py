@@ -29,7 +29,12 @@ class Checkpoints:
         self._ocp = ocp
         self._directory = directory
         self._manager = ocp.CheckpointManager(
-            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            directory.absolute(),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -74,17 +79,26 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), like._asdict()
         )
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"The checkpoint of step {step} in {self._directory} does not fit this run: "
-                f"{_first_line(error)} Resume with the model, recipe and optimizer it was made "
-                "with (see config.yaml beside it)."
-            ) from error
+        self._check_structure(step, abstract)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
         return TrainState(**restored["state"])
+
+    def _check_structure(self, step: int, abstract: Any) -> None:
+        """Compares names, shapes and types before anything is read."""
+        stored = _leaves(self._manager.item_metadata(step)["state"])
+        expected = _leaves(abstract)
+        # Parameters first: a difference in the model shows in the optimizer's state too.
+        names = sorted({*stored, *expected}, key=lambda n: (not n.startswith("params"), n))
+        for name in names:
+            there, here = stored.get(name, "missing"), expected.get(name, "missing")
+            if there != here:
+                raise UserError(
+                    f"The checkpoint of step {step} in {self._directory} does not fit this run: "
+                    f"{name} is {there} there and {here} here. Resume with the model, recipe and "
+                    "optimizer it was made with (see config.yaml beside it)."
+                )
 
     def _check_format(self, step: int) -> None:
         ocp = self._ocp
@@ -98,5 +112,11 @@ class Checkpoints:
             )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def _leaves(tree: Any) -> dict[str, str]:
+    """``{path: "float32[3, 4]"}`` of a tree of arrays, of their metadata or abstract values."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in flat
+        if hasattr(leaf, "shape")
+    }

@@ -98,7 +98,7 @@ class ProgressLine:
         self._console = console
         self._every, self._steps, self._first = every, steps, start
         self._validation = ""
-        self._rate: float | None = None  # tokens per second, running mean
+        self._rate = 0.0  # tokens per second, running mean
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -129,7 +129,7 @@ class ProgressLine:
     def update(self, record: Record) -> None:
         """Shows a step."""
         step, rate = record["step"], record["tokens_per_second"]
-        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
         line = _describe(record, self._rate) + self._validation
         if self._live is not None:
             self._text.plain = line
