@@ -36,6 +36,7 @@ from lowprec_jax.numerics.scaling import (
     MIN_SCALE,
     compute_amax,
     reciprocal,
+    round_up_to_power_of_two,
     scale_from_amax,
     usable,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "range_statistics",
     "reciprocal",
     "register_format",
+    "round_up_to_power_of_two",
     "saturated_fraction",
     "scale_from_amax",
     "sqnr_db",

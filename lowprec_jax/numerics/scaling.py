@@ -77,6 +77,18 @@ def scale_from_amax(
     return jnp.where(usable(amax), scale, fallback)
 
 
+def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
+    """The smallest power of two that is not below `scale`, f32, from the exponent bits.
+
+    Args:
+      scale: f32, from `MIN_SCALE` to `MAX_SCALE`. Up, so that what fitted the format still fits.
+    """
+    exponent_bits = ~np.int32(2**23 - 1)
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    # Adding the mantissa mask carries into the exponent unless the mantissa is zero.
+    return lax.bitcast_convert_type((bits + ~exponent_bits) & exponent_bits, jnp.float32)
+
+
 def reciprocal(scale: jax.Array) -> jax.Array:
     """1 / scale, f32: the factor that quantizing multiplies with."""
     return jnp.float32(1) / scale

@@ -14,7 +14,6 @@ from lowprec_jax.numerics import (
     compute_amax,
     quantize,
     range_statistics,
-    scale_from_amax,
 )
 from lowprec_jax.recipes import Recipe, Role
 
@@ -38,7 +37,7 @@ def forms_of(x: jax.Array, role: Role, amax: jax.Array | None, recipe: Recipe) -
         return forms
     known = compute_amax(x) if amax is None else amax[role]
     for fmt in needed:
-        forms[fmt] = quantize(x, fmt, scale_from_amax(known, fmt, margin=recipe.margin))
+        forms[fmt] = quantize(x, fmt, recipe.scale(known, fmt))
     return forms
 
 

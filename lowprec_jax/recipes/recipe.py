@@ -4,7 +4,9 @@ import dataclasses
 import enum
 from typing import Literal
 
-from lowprec_jax.numerics import Format
+import jax
+
+from lowprec_jax.numerics import Format, round_up_to_power_of_two, scale_from_amax
 
 
 class Role(enum.IntEnum):
@@ -58,6 +60,8 @@ class Recipe:
       history_length: optimizer steps that delayed scaling looks back on.
       amax_reduction: "max" over the history, or the "most_recent" amax only.
       margin: powers of two of head-room in every scale.
+      scale_rounding: "none", or "power_of_two": scales are rounded up to one, so that scaling and
+        unscaling change exponents only and what a format holds exactly stays exact.
       observe: also record amax and health counts where the recipe has no need of state.
     """
 
@@ -69,6 +73,7 @@ class Recipe:
     history_length: int = 16
     amax_reduction: Literal["max", "most_recent"] = "max"
     margin: int = 0
+    scale_rounding: Literal["none", "power_of_two"] = "none"
     observe: bool = False
 
     def __post_init__(self):
@@ -76,15 +81,20 @@ class Recipe:
             raise ValueError(
                 f"Recipe {self.name!r}: history_length is {self.history_length}; use 1 or more."
             )
-        if self.amax_reduction not in ("max", "most_recent"):
-            raise ValueError(
-                f"Recipe {self.name!r}: amax_reduction is {self.amax_reduction!r}; "
-                "use 'max' or 'most_recent'."
-            )
-        if self.scaling not in ("delayed", "current"):
-            raise ValueError(
-                f"Recipe {self.name!r}: scaling is {self.scaling!r}; use 'delayed' or 'current'."
-            )
+        self._check_option("amax_reduction", "max", "most_recent")
+        self._check_option("scaling", "delayed", "current")
+        self._check_option("scale_rounding", "none", "power_of_two")
+
+    def _check_option(self, field: str, *allowed: str) -> None:
+        given = getattr(self, field)
+        if given not in allowed:
+            options = " or ".join(map(repr, allowed))
+            raise ValueError(f"Recipe {self.name!r}: {field} is {given!r}; use {options}.")
+
+    def scale(self, amax: jax.Array, fmt: Format) -> jax.Array:
+        """The scale, f32, of a tensor with this amax in one of the recipe's formats."""
+        scale = scale_from_amax(amax, fmt, margin=self.margin)
+        return round_up_to_power_of_two(scale) if self.scale_rounding == "power_of_two" else scale
 
     @property
     def quantizes(self) -> bool:

@@ -7,7 +7,13 @@ import oracles
 import pytest
 
 from lowprec_jax import numerics
-from lowprec_jax.numerics import compute_amax, reciprocal, scale_from_amax, usable
+from lowprec_jax.numerics import (
+    compute_amax,
+    reciprocal,
+    round_up_to_power_of_two,
+    scale_from_amax,
+    usable,
+)
 
 FORMATS = numerics.formats()
 MODES = {
@@ -144,3 +150,19 @@ def test_reciprocal__of_every_possible_scale__equals_numpy_bitwise(mode):
     scale = oracles.scale_from_amax(_amaxes(), 448.0)
 
     oracles.assert_same_bits(mode(jnp.asarray(scale)), np.float32(1) / scale)
+
+
+def test_round_up_to_power_of_two__any_scale__is_the_smallest_power_not_below():
+    rng = np.random.default_rng(0)
+    exponents = np.arange(-126, 127)
+    scales = np.concatenate(
+        [
+            np.ldexp(np.float32(1), exponents),
+            np.ldexp(rng.uniform(1, 2, 20_000), rng.integers(-126, 126, 20_000)),
+            np.nextafter(np.ldexp(np.float32(1), exponents[:-1]), np.float32(np.inf)),
+            np.nextafter(np.ldexp(np.float32(1), exponents[1:]), np.float32(0)),
+        ]
+    ).astype(np.float32)
+    mantissa, exponent = np.frexp(scales.astype(np.float64))
+    expected = np.ldexp(1.0, exponent - (mantissa == 0.5)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(round_up_to_power_of_two)(scales), expected)

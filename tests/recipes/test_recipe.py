@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lowprec_jax import numerics
@@ -108,3 +110,11 @@ def test_recipe__equal_fields__are_equal_and_hash_alike():
     assert copy == FP8_DELAYED
     assert hash(copy) == hash(FP8_DELAYED)
     assert dataclasses.replace(FP8_DELAYED, margin=1) != FP8_DELAYED
+
+
+def test_scale__power_of_two__is_the_free_scale_rounded_up():
+    free = dataclasses.replace(FP8_DELAYED, margin=1)
+    rounded = dataclasses.replace(free, scale_rounding="power_of_two")
+    amax = jnp.asarray([448.0, 449.0, 3.0, 0.0], jnp.float32)
+    np.testing.assert_array_equal(rounded.scale(amax, E4M3FN), [2.0, 4.0, 2**-6, 1.0])
+    np.testing.assert_array_equal(free.scale(amax, E4M3FN)[:2], np.float32([2.0, 449 / 224]))
