@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"train_step: error: {error}", file=sys.stderr)
         return 2
-    prepare_environment(max(configs.values(), key=lambda config: config.mesh.data))
+    prepare_environment(max(configs.values(), key=lambda config: config.mesh.size))
     from benchmarks.timing import format_table  # starts JAX
 
     rows, times = _measure(configs, options)
@@ -134,18 +134,17 @@ class Stepper:
         import jax
 
         from lowprec_jax import ops, state
-        from lowprec_jax.sharding import make_mesh, put_batch, put_replicated
         from lowprec_jax.training.network import build_network
         from lowprec_jax.training.optimizer import build_optimizer
         from lowprec_jax.training.step import build_calibration, build_step, init_state
 
         network, tx = build_network(config, vocab_size), build_optimizer(config)
-        mesh = make_mesh(config.mesh.data)
-        self._batch = put_batch(_tokens(config, vocab_size), mesh)
-        self._state = put_replicated(init_state(network, tx, jax.random.key(config.seed)), mesh)
+        key, layout = jax.random.key(config.seed), network.layout
+        self._batch = layout.put_batch(_tokens(config, vocab_size))
+        self._state = init_state(network, tx, key, reduce=config.mesh.reduce)
         if state.sites(self._state.scaling):
-            self._state = build_calibration(network, mesh)(self._state, self._batch)
-        step = build_step(network, tx, mesh, micro_batches=config.optim.accumulate)
+            self._state, _ = build_calibration(network, self._state)(self._state, self._batch)
+        step = build_step(network, tx, self._state, micro_batches=config.optim.accumulate)
         start = time.perf_counter()
         lowered = step.lower(self._state, self._batch)
         traced = time.perf_counter()
@@ -160,7 +159,7 @@ class Stepper:
             "other GEMMs": gemms.other,
             "temp MiB": memory.temp_size_in_bytes / 2**20 if memory else None,
         }
-        self._fenced = mesh.size > 1  # emulated devices deadlock if steps pile up
+        self._fenced = layout.mesh.size > 1  # emulated devices deadlock if steps pile up
         jax.block_until_ready(self())
 
     def __call__(self) -> Any:

@@ -41,6 +41,33 @@ def explicit_shardings(*arrays: jax.Array) -> tuple[NamedSharding | None, ...]:
     return tuple(NamedSharding(meshes[0], PartitionSpec()) if s.mesh.empty else s for s in found)
 
 
+def with_trailing_axes(x: jax.Array, count: int) -> NamedSharding | None:
+    """On a mesh with explicit axes, the sharding of `x` with more axes, not split; else None."""
+    (sharding,) = explicit_shardings(x)
+    if sharding is None:
+        return None
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec) + count)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def unshard(x: jax.Array, axis: int) -> jax.Array:
+    """Under plain ``jit``: `x` with nothing of `axis` split, its other axes as they are.
+
+    On a mesh with automatic axes this needs the mesh (`jax.set_mesh`); without one, and on one
+    device, the compiler decides.
+    """
+    (sharding,) = explicit_shardings(x)
+    if sharding is not None:
+        spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+        spec[axis] = None
+        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    free[axis] = None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
+
+
 def permute_sharding(sharding: NamedSharding | None, axes: Sequence[int]) -> NamedSharding | None:
     """The sharding of an array whose axes are those of `sharding` in the order `axes`."""
     if sharding is None:

@@ -1,6 +1,6 @@
 """Environment variables that JAX reads when it starts; set before anything imports it.
 
-Imports no JAX. Public name: `prepare_environment`.
+Imports no JAX. Public names: `prepare_environment`, `emulate_devices`.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # nothing of the package may be imported before the variables are set
     from lowprec_jax.training.config import TrainConfig
 
-__all__ = ["prepare_environment"]
+__all__ = ["emulate_devices", "prepare_environment"]
 
 # What the JAX wheels for GPUs and TPUs install. The ROCm ones carry a version in their name.
 _ACCELERATOR_PLUGINS = (
@@ -33,20 +33,35 @@ def prepare_environment(
     JAX_PLATFORMS names the CPU first, or it is not set and no accelerator plugin is installed.
     XLA:CPU sizes its thread pool by cores, and the collectives of emulated devices deadlock at
     random with fewer than two threads a device. One device keeps the default: with 32 threads on
-    two cores a training step took 1.25 times as long. What the user has set stays.
+    two cores a training step took 1.25 times as long. What the user has set stays. Each of
+    several processes (LOWPREC_NUM_PROCESSES) emulates its part of the mesh.
 
     Args:
       config: the run; only `config.mesh` is read.
       environ: environment to change; None: that of this process.
     """
     environ = os.environ if environ is None else environ
-    devices = config.mesh.data
+    processes = environ.get("LOWPREC_NUM_PROCESSES", "")  # what is wrong with it is said later
+    devices = -(-config.mesh.size // max(int(processes) if processes.isdecimal() else 1, 1))
     if devices == 1 or not _runs_on_cpu(environ):
         return
-    environ.setdefault("PJRT_NPROC", str(max(32, 4 * devices)))
-    flags = environ.get("XLA_FLAGS", "")
-    if _DEVICE_COUNT not in flags:
-        environ["XLA_FLAGS"] = f"{flags} --{_DEVICE_COUNT}={devices}".strip()
+    if _DEVICE_COUNT in environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in environ:
+        environ.setdefault("PJRT_NPROC", _threads(devices))
+    else:
+        emulate_devices(devices, environ)
+
+
+def emulate_devices(devices: int, environ: MutableMapping[str, str]) -> None:
+    """Asks for this many emulated CPU devices, in place of any number asked for before."""
+    environ.pop("JAX_NUM_CPU_DEVICES", None)  # JAX refuses both
+    flags = environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if not flag.startswith(f"--{_DEVICE_COUNT}")]
+    environ["XLA_FLAGS"] = " ".join([*kept, f"--{_DEVICE_COUNT}={devices}"])
+    environ.setdefault("PJRT_NPROC", _threads(devices))
+
+
+def _threads(devices: int) -> str:
+    return str(max(32, 4 * devices))
 
 
 def _runs_on_cpu(environ: MutableMapping[str, str]) -> bool:

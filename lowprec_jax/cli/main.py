@@ -88,6 +88,13 @@ def _plan(words: list[str]) -> None:
     print(plan_network(config))
 
 
+def _launch(words: list[str]) -> None:
+    from lowprec_jax.cli.launch import run_launch
+
+    if code := run_launch(words):
+        raise SystemExit(code)
+
+
 def _take_config(words: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the name of the config, and the words that are overrides of it."""
     names: list[str] = []
@@ -142,4 +149,5 @@ def _overview() -> str:
 _COMMANDS = {
     "train": _Command("train a model; writes a run directory", _train),
     "plan": _Command("show which layers of a config's model run in low precision, and why", _plan),
+    "launch": _Command("run a subcommand in several processes of this machine", _launch),
 }

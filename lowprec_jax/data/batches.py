@@ -50,26 +50,44 @@ class Batches:
         _require("seed", self.seed, 0, 2**64 - 1)
         object.__setattr__(self, "tokens", _compact(_checked_tokens(self.tokens, self.context)))
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the inputs and targets of `step`, both int32 [batch_size, context].
+    def batch(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the inputs and targets of `step`, both int32 [number of rows, context].
 
         ``targets[i, j]`` is the token that follows ``inputs[i, j]`` in the sequence.
 
         Args:
           step: 0 .. 2**64 - 1.
+          rows: windows of the global batch to return, such as those of one host; the others are
+            not read. Its ends may be None, as in the slices that `jax.make_array_from_callback`
+            asks for. None: all.
 
         Raises:
-          DataError: `step` is outside its range.
+          DataError: `step` is outside its range, or `rows` reaches outside the batch.
         """
         _require("step", step, 0, 2**64 - 1)
+        rows = self._checked_rows(rows)
         # The step is the third of four counter words: streams of two steps are 2**128 apart.
         words = np.array([0, 0, step, 0], np.uint64)
         key = np.array([self.seed, 0], np.uint64)
         # random_raw is typed for its scalar form; with a size it returns uint64 [size].
         raw = cast(np.ndarray, np.random.Philox(key=key, counter=words).random_raw(self.batch_size))
         starts = (raw % np.uint64(self.tokens.size - self.context)).astype(np.int64)
+        starts = starts[rows]
         windows = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)
         return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+
+    def _checked_rows(self, rows: slice | None) -> slice:
+        """NumPy would cut a slice off at the end of the batch, and count negative ends from it."""
+        if rows is None:
+            return slice(None)
+        start = 0 if rows.start is None else rows.start
+        stop = self.batch_size if rows.stop is None else rows.stop
+        if not 0 <= start <= stop <= self.batch_size or rows.step not in (None, 1):
+            raise DataError(
+                f"rows is {rows}; allowed: slice(start, stop) with 0 <= start <= stop <= "
+                f"batch_size {self.batch_size}."
+            )
+        return slice(start, stop)
 
 
 def validation_windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,9 @@ from lowprec_jax.linen.dot_general import (
     dot_general_cls,
     einsum_cls,
 )
-from lowprec_jax.linen.grad import accumulate, calibrate, value_and_grad
+from lowprec_jax.linen.grad import accumulate, calibrate, per_example, value_and_grad
 from lowprec_jax.linen.modules import Dense, DenseGeneral, Einsum
+from lowprec_jax.linen.moe import MoE, RaggedDot
 from lowprec_jax.linen.plan import plan
 from lowprec_jax.linen.quantized_model import Layer, Quantized, layers, quantize
 from lowprec_jax.linen.scaling import advance, health, init_scaling
@@ -23,7 +24,9 @@ __all__ = [
     "Einsum",
     "EinsumOp",
     "Layer",
+    "MoE",
     "Quantized",
+    "RaggedDot",
     "accumulate",
     "advance",
     "calibrate",
@@ -34,6 +37,7 @@ __all__ = [
     "health",
     "init_scaling",
     "layers",
+    "per_example",
     "plan",
     "quantize",
     "value_and_grad",

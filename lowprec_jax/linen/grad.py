@@ -1,7 +1,6 @@
 """Gradients of Linen models whose layers keep scaling state, in the form `TrainState` takes."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,17 +55,24 @@ def accumulate(
     Returns:
       As `value_and_grad`.
     """
+    return _returning_state(
+        state.accumulate(_with_state(loss), micro_batches, has_aux=has_aux), advance
+    )
 
-    def wrapped(variables: Variables, *args: Any):
-        params, scaling = _split(variables)
-        run = state.accumulate(_with_state(loss), micro_batches, has_aux=has_aux)
-        with _explaining_refs():
-            (value, grads), following = run(params, scaling, *args)
-        if advance:
-            following = state.advance(following)
-        return value, _join(grads, following, like=variables)
 
-    return wrapped
+def per_example(loss: Callable, has_aux: bool = False, *, advance: bool = True) -> Callable:
+    """`value_and_grad` of every example by itself; amaxes are maximised over the examples.
+
+    Args:
+      loss: as in `value_and_grad`, for one example: `args` arrive without their first axis.
+      has_aux: see `value_and_grad`.
+      advance: see `value_and_grad`.
+
+    Returns:
+      As `value_and_grad`; values, gradients and aux have a leading axis of examples. The next
+      scaling state has none: reduce the gradients before they go to ``apply_gradients``.
+    """
+    return _returning_state(state.per_example(_with_state(loss), has_aux=has_aux), advance)
 
 
 def calibrate(
@@ -85,31 +91,21 @@ def calibrate(
       `variables` with the advanced state.
     """
     params, scaling = _split(variables)
-    with _explaining_refs():
-        following = state.calibrate(_with_state(loss), params, scaling, *args, gradient=gradient)
+    following = state.calibrate(_with_state(loss), params, scaling, *args, gradient=gradient)
     return _join(params, following, like=variables)
 
 
-@contextlib.contextmanager
-def _explaining_refs() -> Iterator[None]:
-    """Says what to do where JAX refuses the refs that layers observe into."""
-    try:
-        yield
-    except KeyError as error:
-        error.add_note(
-            "If this names a variable of JAX, a layer with scaling state runs inside nn.cond, "
-            "nn.switch or lax.cond, which JAX cannot differentiate: use lowprec_jax.linen.cond or "
-            "lowprec_jax.ops.cond."
-        )
-        raise
-    except Exception as error:
-        if "unbatched array reference" not in str(error):
-            raise
-        raise UserError(
-            "A layer runs under vmap, but its scaling state is not mapped; JAX refuses that. Map "
-            "it: variable_axes={'params': ..., lowprec_jax.linen.OVERWRITE_WITH_GRADIENT: 0} of "
-            "nn.vmap. For a vmap over the batch, pass the whole batch instead."
-        ) from error
+def _returning_state(run: Callable, advance: bool) -> Callable:
+    """``run(params, scaling, *args)`` for variables, the next state among the gradients."""
+
+    def wrapped(variables: Variables, *args: Any):
+        params, scaling = _split(variables)
+        (value, grads), following = run(params, scaling, *args)
+        if advance:
+            following = state.advance(following)
+        return value, _join(grads, following, like=variables)
+
+    return wrapped
 
 
 def _with_state(loss: Callable) -> Callable:

@@ -32,7 +32,7 @@ class TransformerConfig:
     max_context: int = 256
     """Tokens a training window has; longer inputs work, RoPE has no table."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """silu(gate) * up, from one fused matrix [D, 2F], or gelu(up) (tanh form), [D, F]."""
+    """silu(gate) * up, from one fused matrix [D, 2, F], or gelu(up) (tanh form), [D, F]."""
     tied_head: bool = True
     """Logits from the embedding table instead of a `head` of their own."""
     scan_layers: bool = True

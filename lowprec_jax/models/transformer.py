@@ -19,7 +19,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from lowprec_jax import compat
 from lowprec_jax.models.config import TransformerConfig
 
 
@@ -32,6 +34,11 @@ class Transformer(nnx.Module):
     Anything but Refs that a layer writes into its own Variables is not kept where layers
     are scanned or rematerialized.
 
+    Attributes:
+      sequence_axis: mesh axis along which the residual stream between the blocks is split by
+        position, or None; an automatic axis of the mesh in use. Norms and residual sums are then
+        split too (Korthikanti et al., arXiv:2205.05198, section 4.2.2).
+
     Source: LLaMA (Touvron et al., arXiv:2302.13971, section 2.2); GQA (Ainslie et al.,
     arXiv:2305.13245); residual scaling of GPT-2 (Radford et al., 2019, section 2.3).
     """
@@ -39,6 +46,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         """Makes the parameters, from the `params` stream of `rngs`."""
         self.config = config
+        self.sequence_axis: str | None = None
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.width,
@@ -69,8 +77,9 @@ class Transformer(nnx.Module):
         Returns:
           Logits, f32[B, T, V].
         """
-        x_BTD = self.embedding(tokens_BT).astype(jnp.float32)
-        x_BTD = self._run_blocks(x_BTD)
+        out_sharding = compat.with_trailing_axes(tokens_BT, 1)
+        x_BTD = self.embedding(tokens_BT, out_sharding=out_sharding).astype(jnp.float32)
+        x_BTD = self._run_blocks(self._split_sequence(x_BTD))
         dtype = jnp.dtype(self.config.compute_dtype)
         x_BTD = self.final_norm(x_BTD).astype(dtype)
         if not self.config.tied_head:
@@ -84,7 +93,9 @@ class Transformer(nnx.Module):
             graphdef, stacked = nnx.split(self.blocks)
             # Within a scan, XLA cannot undo the recomputation; elsewhere JAX has to prevent it.
             run = _rematerialized(
-                lambda x, state: nnx.merge(graphdef, state)(x), remat, prevent_cse=False
+                lambda x, state: self._split_sequence(nnx.merge(graphdef, state)(x)),
+                remat,
+                prevent_cse=False,
             )
             return jax.lax.scan(lambda x, state: (run(x, state), None), x_BTD, stacked)[0]
         for block in self.blocks:
@@ -94,7 +105,15 @@ class Transformer(nnx.Module):
                 graphdef, state = nnx.split(block)
                 run = _rematerialized(lambda x, s, g=graphdef: nnx.merge(g, s)(x), remat)
                 x_BTD = run(x_BTD, state)
+            x_BTD = self._split_sequence(x_BTD)
         return x_BTD
+
+    def _split_sequence(self, x_BTD: jax.Array) -> jax.Array:
+        if self.sequence_axis is None:
+            return x_BTD
+        free = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(free, self.sequence_axis, None)
+        return jax.lax.with_sharding_constraint(x_BTD, spec)
 
 
 class Block(nnx.Module):
@@ -115,8 +134,9 @@ class Block(nnx.Module):
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions and a fused qkv projection.
 
-    The columns of `qkv` are N query heads, K key heads, K value heads, H each; query heads
-    n*G ... n*G + G-1 share key and value head n, where G = N / K.
+    The columns of `qkv` are K groups of G query heads, a key head and a value head, H each, where
+    G = N / K: query head n*G + g shares key and value head n. In this order a tensor-parallel part
+    of the columns is a number of whole groups, and attention needs no communication.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -129,12 +149,12 @@ class Attention(nnx.Module):
         """Returns the attention output, [B, T, D] in the compute dtype."""
         n, k, h = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         batch, tokens, _ = x_BTD.shape
-        qkv_BTJH = self.qkv(x_BTD).reshape(batch, tokens, n + 2 * k, h)
+        group = n // k
+        qkv_BTKJH = self.qkv(x_BTD).reshape(batch, tokens, k, group + 2, h)
         positions_T = jnp.arange(tokens)
-        q_BTNH = rope(qkv_BTJH[:, :, :n], positions_T, self.config.rope_base)
-        k_BSKH = rope(qkv_BTJH[:, :, n : n + k], positions_T, self.config.rope_base)
-        v_BSKH = qkv_BTJH[:, :, n + k :]
-        q_BTKGH = q_BTNH.reshape(batch, tokens, k, n // k, h)
+        q_BTKGH = rope(qkv_BTKJH[:, :, :, :group], positions_T, self.config.rope_base)
+        k_BSKH = rope(qkv_BTKJH[:, :, :, group], positions_T, self.config.rope_base)
+        v_BSKH = qkv_BTKJH[:, :, :, group + 1]
         scores_BKGTS = jnp.einsum(
             "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
         ) / math.sqrt(h)
@@ -146,12 +166,12 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU or GELU feed-forward layer; `gate_up` holds the gate's F columns, then up's."""
+    """SwiGLU or GELU feed-forward layer; the kernel of `gate_up` is [D, 2, F]: gate, then up."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.kind = config.mlp
         if config.mlp == "swiglu":
-            self.gate_up = _linear(config, config.width, 2 * config.mlp_width, rngs)
+            self.gate_up = _linear(config, config.width, (2, config.mlp_width), rngs)
         else:
             self.up = _linear(config, config.width, config.mlp_width, rngs)
         self.down = _linear(config, config.mlp_width, config.width, rngs, residual=True)
@@ -160,33 +180,34 @@ class Mlp(nnx.Module):
         """Returns the layer's output, [B, T, D] in the compute dtype."""
         if self.kind == "gelu":
             return self.down(jax.nn.gelu(self.up(x_BTD)))
-        gate_BTF, up_BTF = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
-        return self.down(jax.nn.silu(gate_BTF) * up_BTF)
+        gate_up_BT2F = self.gate_up(x_BTD)
+        return self.down(jax.nn.silu(gate_up_BT2F[:, :, 0]) * gate_up_BT2F[:, :, 1])
 
 
-def rope(x_BTNH: jax.Array, positions_T: jax.Array, base: float) -> jax.Array:
+def rope(x_BTxH: jax.Array, positions_T: jax.Array, base: float) -> jax.Array:
     """Returns heads rotated by their position, so that scores depend on distances only.
 
     Dimension i < H/2 is paired with i + H/2 and turned by ``position * base**(-2 i / H)``
     radians, in f32.
 
     Args:
-      x_BTNH: queries or keys, any float dtype, H even.
+      x_BTxH: queries or keys, any float dtype, H even; heads are the axes between T and H.
       positions_T: position of each token, integer.
       base: longest wavelength in units of 2 pi tokens.
 
     Returns:
-      Array of the shape and dtype of `x_BTNH`.
+      Array of the shape and dtype of `x_BTxH`.
 
     Source: Su et al., RoFormer, arXiv:2104.09864, section 3.4.2.
     Differs from: the paper, which pairs neighbouring dimensions; halves are GPT-NeoX's form.
     """
-    half = x_BTNH.shape[-1] // 2
+    half = x_BTxH.shape[-1] // 2
     frequencies = jnp.asarray([base ** (-i / half) for i in range(half)], jnp.float32)
-    angles_T1H = positions_T.astype(jnp.float32)[:, None, None] * frequencies
-    cos, sin = jnp.cos(angles_T1H), jnp.sin(angles_T1H)
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    angles_TH = positions_T.astype(jnp.float32)[:, None] * frequencies
+    angles_TxH = jnp.expand_dims(angles_TH, tuple(range(1, x_BTxH.ndim - 2)))
+    cos, sin = jnp.cos(angles_TxH), jnp.sin(angles_TxH)
+    a, b = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTxH.dtype)
 
 
 def _block_from_key(config: TransformerConfig, key: jax.Array) -> Block:
@@ -202,15 +223,17 @@ def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 def _linear(
     config: TransformerConfig,
     inputs: int,
-    outputs: int,
+    outputs: int | tuple[int, ...],
     rngs: nnx.Rngs,
     *,
     residual: bool = False,
     preferred_element_type: jnp.dtype | type | None = None,
-) -> nnx.Linear:
+) -> nnx.Linear | nnx.LinearGeneral:
     """Stock linear layer without bias; `residual` ones start smaller by sqrt(2 L)."""
     scale = config.init_scale / (math.sqrt(2 * config.num_layers) if residual else 1.0)
-    return nnx.Linear(
+    layer: Callable[..., nnx.Linear | nnx.LinearGeneral]
+    layer = nnx.Linear if isinstance(outputs, int) else nnx.LinearGeneral
+    return layer(
         inputs,
         outputs,
         use_bias=False,

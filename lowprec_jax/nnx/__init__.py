@@ -4,16 +4,21 @@ Two changed lines adopt delayed scaling in a documented NNX loop: ``lp.nnx.quant
 "fp8_delayed")``, and ``lp.nnx.value_and_grad`` for ``nnx.value_and_grad``.
 """
 
+from lowprec_jax.nnx.cond import cond
+from lowprec_jax.nnx.gather import gather_kernels
 from lowprec_jax.nnx.grad import (
     accumulate,
     advance,
     calibrate,
     health,
+    per_example,
     scaling_state,
     value_and_grad,
 )
 from lowprec_jax.nnx.layers import Einsum, Linear, LinearGeneral
+from lowprec_jax.nnx.moe import MoE, RaggedDot
 from lowprec_jax.nnx.plan import plan
+from lowprec_jax.nnx.probes import collect_probes, make_probes, probing
 from lowprec_jax.nnx.quantize import layers, quantize
 from lowprec_jax.nnx.sites import DotGeneral, EinsumOp, Scaling, iter_sites
 
@@ -23,14 +28,22 @@ __all__ = [
     "EinsumOp",
     "Linear",
     "LinearGeneral",
+    "MoE",
+    "RaggedDot",
     "Scaling",
     "accumulate",
     "advance",
     "calibrate",
+    "collect_probes",
+    "cond",
+    "gather_kernels",
     "health",
     "iter_sites",
     "layers",
+    "make_probes",
+    "per_example",
     "plan",
+    "probing",
     "quantize",
     "scaling_state",
     "value_and_grad",

@@ -17,7 +17,8 @@ from lowprec_jax.nnx.sites import Observer, iter_sites
 from lowprec_jax.recipes import advance_state
 from lowprec_jax.state import Health, add_observations
 from lowprec_jax.state import health as health_of
-from lowprec_jax.state.grad import split_micro_batches
+from lowprec_jax.state.grad import explaining_refs, split_micro_batches
+from lowprec_jax.state.probes import merge_copies
 
 ArgNums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
 ArrayLike = jax.Array | np.ndarray
@@ -75,13 +76,51 @@ def accumulate(
         args = _positional(f, args, kwargs)
         observers = _observers(args, calibrating=False)
 
-        def observed(*args):
-            with _observing(args, observers):
-                return f(*args)
+        grad = nnx.value_and_grad(_observed(f, observers), argnums=argnums, has_aux=has_aux)
+        with explaining_refs():
+            out = _sum_micro_batches(grad, micro_batches, argnums, has_aux)(*args)
+        _collect(args, [observer.ref[...] for observer in observers], advance=advance)
+        return out
 
-        grad = nnx.value_and_grad(observed, argnums=argnums, has_aux=has_aux)
-        out = _sum_micro_batches(grad, micro_batches, argnums, has_aux)(*args)
-        _collect(args, observers, advance=advance)
+    return wrapped
+
+
+def per_example(
+    f: Callable, *, argnums: ArgNums = 0, has_aux: bool = False, advance: bool = True
+) -> Callable:
+    """`value_and_grad` of every example by itself; amaxes are maximised over the examples.
+
+    A `jax.vmap` around the whole call, where every example has sinks of its own. Nothing but the
+    scaling state of the models changes (no BatchNorm statistics, no random keys: a Dropout has the
+    same mask for every example).
+
+    Args:
+      f: as in `value_and_grad`, for one example: the arrays among the arguments (as told by
+        `accumulate`) arrive without their first axis.
+      argnums: see `value_and_grad`.
+      has_aux: see `value_and_grad`.
+      advance: see `value_and_grad`.
+
+    Returns:
+      As `value_and_grad`; values, gradients and aux have a leading axis of examples.
+    """
+
+    @functools.wraps(f)
+    def wrapped(*args, **kwargs):
+        args = _positional(f, args, kwargs)
+        nodes, arrays, others = kinds_of(args)
+        graphdef, variables = nnx.split(nodes)
+
+        def one(variables, example):
+            merged = {**nnx.merge(graphdef, variables), **example, **others}
+            inner = [merged[i] for i in range(len(args))]
+            observers = _observers(inner, calibrating=False)
+            grad = nnx.value_and_grad(_observed(f, observers), argnums=argnums, has_aux=has_aux)
+            return grad(*inner), [observer.ref[...] for observer in observers]
+
+        with explaining_refs():
+            out, seen = jax.vmap(one, in_axes=(None, 0))(variables, arrays)
+        _collect(args, [merge_copies(x, x.ndim - 1) for x in seen], advance=advance)
         return out
 
     return wrapped
@@ -111,14 +150,15 @@ def calibrate(f: Callable, *args: Any, argnums: ArgNums = 0, **kwargs: Any) -> N
     """
     arguments = _positional(f, args, kwargs)
     observers = _observers(arguments, calibrating=True)
+    observed = _observed(f, observers)
 
-    def observed(*args):
-        with _observing(args, observers):
-            out = f(*args)
+    def scalar(*args):
+        out = observed(*args)
         return out[0] if isinstance(out, tuple) else out
 
-    nnx.grad(observed, argnums=argnums)(*nnx.clone(list(arguments)))
-    _collect(arguments, observers, advance=True)
+    with explaining_refs():
+        nnx.grad(scalar, argnums=argnums)(*nnx.clone(list(arguments)))
+    _collect(arguments, [observer.ref[...] for observer in observers], advance=True)
 
 
 def scaling_state(*models: nnx.Module) -> dict[str, Any]:
@@ -158,8 +198,19 @@ def _observers(args: Sequence[Any], *, calibrating: bool) -> list[Observer]:
     ]
 
 
+def _observed(f: Callable, observers: Sequence[Observer]) -> Callable:
+    """`f`, during which the sites among its arguments observe."""
+
+    def wrapped(*args):
+        with observing(args, observers):
+            return f(*args)
+
+    return wrapped
+
+
 @contextlib.contextmanager
-def _observing(args: Sequence[Any], observers: Sequence[Observer]) -> Iterator[None]:
+def observing(args: Sequence[Any], observers: Sequence[Observer]) -> Iterator[None]:
+    """Connects the sites among `args` to observers, in the order of `iter_sites`."""
     found = [site for _, site in iter_sites(*args)]
     for site, observer in zip(found, observers, strict=True):
         site.start_observing(observer)
@@ -170,14 +221,12 @@ def _observing(args: Sequence[Any], observers: Sequence[Observer]) -> Iterator[N
             site.stop_observing()
 
 
-def _collect(args: Sequence[Any], observers: Sequence[Observer], *, advance: bool) -> None:
+def _collect(args: Sequence[Any], seen: Sequence[jax.Array], *, advance: bool) -> None:
+    """Merges one observation f32[layers of the stack, 3, 5] per site into its state."""
     found = [site for _, site in iter_sites(*args)]
     states = [site.get_scaling() for site in found]
-    seen = [
-        observer.ref[...].reshape(state["pending"].shape)
-        for observer, state in zip(observers, states, strict=True)
-    ]
-    for site, state in zip(found, add_observations(states, seen), strict=True):
+    shaped = [x.reshape(state["pending"].shape) for x, state in zip(seen, states, strict=True)]
+    for site, state in zip(found, add_observations(states, shaped), strict=True):
         site.set_scaling(advance_state(state) if advance else state)
 
 
@@ -188,9 +237,7 @@ def _sum_micro_batches(
         return grad
 
     def wrapped(*args):
-        nodes = {i: x for i, x in enumerate(args) if _holds(x, nnx.Pytree | nnx.Variable)}
-        arrays = {i: x for i, x in enumerate(args) if i not in nodes and _holds(x, ArrayLike)}
-        others = {i: x for i, x in enumerate(args) if i not in nodes and i not in arrays}
+        nodes, arrays, others = kinds_of(args)
         _check_not_split(argnums, arrays)
         parts = jax.tree.map(lambda leaf: split_micro_batches(leaf, micro_batches), arrays)
 
@@ -217,6 +264,14 @@ def _sum_micro_batches(
         return (value, aux), grads
 
     return wrapped
+
+
+def kinds_of(args: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
+    """Arguments by number: NNX objects (models), arrays (the batch), all others (flags)."""
+    nodes = {i: x for i, x in enumerate(args) if _holds(x, nnx.Pytree | nnx.Variable)}
+    arrays = {i: x for i, x in enumerate(args) if i not in nodes and _holds(x, ArrayLike)}
+    others = {i: x for i, x in enumerate(args) if i not in nodes and i not in arrays}
+    return nodes, arrays, others
 
 
 def _holds(x: Any, kind: Any) -> bool:

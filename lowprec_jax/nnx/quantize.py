@@ -60,16 +60,22 @@ def op_attribute(layer: Layer) -> str:
     return _KINDS[kind][0]
 
 
+def stack_of(layer: Layer) -> tuple[int, ...]:
+    """Leading axes of a layer from `layers`: those of the stack it is in, if any."""
+    kind = _kind(layer)
+    assert kind is not None
+    shape = layer.kernel.shape
+    return tuple(shape[: len(shape) - _KINDS[kind][2](layer)])
+
+
 def _replace(layer: Layer, assignment: Assignment) -> None:
     kind = _kind(layer)
     assert kind is not None
-    attribute, op, rank = _KINDS[kind]
+    attribute, op, _ = _KINDS[kind]
     has_recipe = isinstance(getattr(layer, attribute), DotGeneral | EinsumOp)
     if not assignment.recipe.quantizes and not has_recipe:
         return
-    shape = layer.kernel.shape
-    stack = tuple(shape[: len(shape) - rank(layer)])
-    setattr(layer, attribute, nnx.data(op(assignment.recipe, stack=stack)))
+    setattr(layer, attribute, nnx.data(op(assignment.recipe, stack=stack_of(layer))))
 
 
 def _kind(value: Any) -> type | None:

@@ -32,12 +32,18 @@ class Observer:
     transforms return the arrays of a module from every traced function, which JAX forbids for refs.
 
     Attributes:
-      ref: f32[layers of the stack, 3, 5].
+      ref: f32[layers of the stack, 3, 5], or a `lowprec_jax.ops.Probe` of as many rows.
       calibrating: compute in high precision and only observe.
     """
 
     ref: Any
     calibrating: bool
+
+    def sink(self, index: jax.Array) -> ops.IndexedSink | ops.Probe:
+        """The sink of one layer of the stack."""
+        if isinstance(self.ref, ops.Probe):
+            return jax.tree.map(lambda rows: rows[index], self.ref)
+        return ops.IndexedSink(self.ref, index)
 
 
 class Site(nnx.Module):
@@ -73,7 +79,7 @@ class Site(nnx.Module):
         observer = self.observer
         if observer is not None:
             index = jnp.int32(0) if self.index is None else self.index.get_value()
-            state["sink"] = ops.IndexedSink(observer.ref, index)
+            state["sink"] = observer.sink(index)
             if observer.calibrating:
                 state.pop("amax_history", None)
         return state
@@ -107,7 +113,12 @@ class DotGeneral(Site):
 
     Fits the ``dot_general`` argument of stock Flax layers:
     ``nnx.Linear(8, 16, dot_general=DotGeneral("fp8_delayed"), rngs=rngs)``. One per layer.
+
+    Attributes:
+      gather: how the kernel is sharded, if it is; see `lowprec_jax.ops.Gather`.
     """
+
+    gather: ops.Gather | None = None
 
     def __call__(
         self,
@@ -127,6 +138,7 @@ class DotGeneral(Site):
             preferred_element_type,
             recipe=self.recipe,
             state=self.state,
+            rhs_gather=self.gather,
             out_sharding=out_sharding,
         )
 

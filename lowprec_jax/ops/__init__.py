@@ -4,21 +4,36 @@ Differentiation rules live here and nowhere else.
 """
 
 from lowprec_jax.ops.backends import BACKENDS, dot
+from lowprec_jax.ops.collectives import (
+    Collective,
+    collectives,
+    format_collectives,
+    stablehlo_collectives,
+)
 from lowprec_jax.ops.cond import cond
 from lowprec_jax.ops.dot_general import dot_general
 from lowprec_jax.ops.einsum import einsum
+from lowprec_jax.ops.gather import Gather, gather
 from lowprec_jax.ops.program import GemmCount, count_gemms
+from lowprec_jax.ops.ragged_dot import ragged_dot
 from lowprec_jax.ops.sinks import IndexedSink, Probe, Sink
 
 __all__ = [
     "BACKENDS",
+    "Collective",
+    "Gather",
     "GemmCount",
     "IndexedSink",
     "Probe",
     "Sink",
+    "collectives",
     "cond",
     "count_gemms",
     "dot",
     "dot_general",
     "einsum",
+    "format_collectives",
+    "gather",
+    "ragged_dot",
+    "stablehlo_collectives",
 ]

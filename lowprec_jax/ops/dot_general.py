@@ -19,7 +19,17 @@ from lowprec_jax import compat
 from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.dimensions import Dimensions, DotDimensions
-from lowprec_jax.ops.operands import Operand, as_bytes, as_codes, forms_of, keep, observe
+from lowprec_jax.ops.gather import Gather, gather, reduce_scatter
+from lowprec_jax.ops.operands import (
+    Operand,
+    as_bytes,
+    as_codes,
+    current_amax,
+    forms_of,
+    gathered,
+    keep,
+    observe,
+)
 from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe, history_amax
 
 
@@ -33,6 +43,7 @@ def dot_general(
     recipe: Recipe | str,
     state: Mapping[str, Any] | None = None,
     rhs_quantized: ScaledArray | None = None,
+    rhs_gather: Gather | None = None,
     out_sharding=None,
     backend: str | None = None,
 ) -> jax.Array:
@@ -51,8 +62,9 @@ def dot_general(
       preferred_element_type: type of the result; default: the promoted type of the operands.
       recipe: a recipe or its name.
       state: scaling state of this call site, needed with delayed scaling.
-      rhs_quantized: `rhs` already quantized (gathered as FP8, or once for many micro-batches). The
-        value is computed from these codes; the gradient goes to `rhs`.
+      rhs_quantized: `rhs` already quantized (once for many micro-batches). The value is computed
+        from these codes; the gradient goes to `rhs`.
+      rhs_gather: how `rhs` is sharded, see `Gather`.
       out_sharding: sharding of the result on a mesh with explicit axes.
       backend: see `lowprec_jax.ops.backends.dot`.
 
@@ -69,14 +81,17 @@ def dot_general(
     """
     recipe = get_recipe(recipe)
     if not recipe.quantizes:
-        return lax.dot_general(
-            lhs,
-            rhs,
-            dimension_numbers,
+        plain = functools.partial(
+            lax.dot_general,
+            dimension_numbers=dimension_numbers,
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
+        if rhs_gather is None:
+            return plain(lhs, rhs)
+        # Under checkpoint the whole kernel is gathered again instead of kept.
+        return jax.checkpoint(lambda lhs, rhs: plain(lhs, gather(rhs, rhs_gather)))(lhs, rhs)
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (lhs, rhs)):
         raise TypeError(
             f"dot_general: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
@@ -93,6 +108,7 @@ def dot_general(
         dims=Dimensions.of(lhs.ndim, rhs.ndim, dimension_numbers),
         dtype=jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)),
         precision=precision,
+        gather=rhs_gather,
         out_sharding=out_sharding,
         backend=backend,
         lhs=like_lhs,
@@ -122,6 +138,7 @@ class _Call:
     dims: Dimensions
     dtype: Any
     precision: Any
+    gather: Gather | None
     out_sharding: Any
     backend: str | None
     lhs: _Like
@@ -183,14 +200,15 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
 def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
     """The product, what the backward pass keeps, and the first two rows of the observation."""
     recipe, dims = call.recipe, call.dims
+    if amax is None:
+        amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe)
     left = forms_of(lhs, Role.LHS, amax, recipe)
     right = forms_of(rhs, Role.RHS, amax, recipe)
     if codes is not None:
         right[codes.format] = as_codes(codes)
     fwd = recipe.fwd
-    out = _multiply(
-        left[fwd and fwd.left], right[fwd and fwd.right], dims.forward, call, call.out_sharding
-    )
+    whole = gathered(right[fwd and fwd.right], call.gather)
+    out = _multiply(left[fwd and fwd.left], whole, dims.forward, call, call.out_sharding)
     kept_lhs = keep(left[recipe.wgrad and recipe.wgrad.left], "quantized_lhs", dims.lhs_to_wgrad)
     kept_rhs = keep(right[recipe.dgrad and recipe.dgrad.right], "quantized_rhs")
     seen = None
@@ -203,10 +221,12 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
 def _bwd(call: _Call, residuals, grad):
     kept_lhs, kept_rhs, amax, seen, sink = residuals
     recipe, dims = call.recipe, call.dims
+    if amax is None:
+        amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
     forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe)
     dlhs = _multiply(
         forms[recipe.dgrad and recipe.dgrad.left],
-        as_codes(kept_rhs),
+        gathered(as_codes(kept_rhs), call.gather),
         dims.dgrad,
         call,
         compat.permute_sharding(call.lhs.sharding, _inverse(dims.dgrad_to_lhs)),
@@ -220,6 +240,7 @@ def _bwd(call: _Call, residuals, grad):
         compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
         backward=True,
     ).transpose(dims.wgrad_to_rhs)
+    drhs = reduce_scatter(drhs, call.gather)
     probe = None
     if sink is not None:
         row = observe(grad, Role.OUTPUT_GRAD, forms, recipe)

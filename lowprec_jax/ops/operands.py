@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lowprec_jax import compat
 from lowprec_jax.numerics import (
     Format,
     ScaledArray,
@@ -15,30 +16,46 @@ from lowprec_jax.numerics import (
     quantize,
     range_statistics,
 )
+from lowprec_jax.ops.gather import Gather, all_gather
 from lowprec_jax.recipes import Recipe, Role
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array
 Forms = dict[Format | None, Operand]
+# f32 [] by role: a dict, or the array f32[3].
+Amax = Mapping[Role, jax.Array] | jax.Array
 
 
-def forms_of(x: jax.Array, role: Role, amax: jax.Array | None, recipe: Recipe) -> Forms:
+def forms_of(x: jax.Array, role: Role, amax: Amax, recipe: Recipe) -> Forms:
     """An operand in every form its GEMMs need: by format, and as it is under None.
 
     Args:
       x: the operand.
       role: its role.
-      amax: f32[3], the amaxes that scales come from; None: the operand's own.
+      amax: f32 [], the amax that scales come from, by role.
       recipe: the recipe.
     """
     forms: Forms = {None: x}
-    needed = [fmt for fmt in recipe.formats_of(role) if fmt is not None]
-    if not needed:
-        return forms
-    known = compute_amax(x) if amax is None else amax[role]
-    for fmt in needed:
-        forms[fmt] = quantize(x, fmt, recipe.scale(known, fmt))
+    for fmt in recipe.formats_of(role):
+        if fmt is not None and fmt not in forms:
+            forms[fmt] = quantize(x, fmt, recipe.scale(amax[role], fmt))
     return forms
+
+
+def current_amax(operands: Mapping[Role, jax.Array], recipe: Recipe) -> Amax:
+    """The amax of operands as they are: current scaling.
+
+    On devices that hold parts of an operand (inside `jax.shard_map` and `jax.pmap`) it is that of
+    the whole, by one `pmax` for all operands, unless the recipe asks for ``amax_scope="local"``.
+    """
+    roles = [role for role in operands if recipe.format_of(role)]
+    if not roles:
+        return {}
+    amax = jnp.stack([compute_amax(operands[role]) for role in roles])
+    axes = compat.reduction_axes(operands.values(), ())
+    if axes and recipe.amax_scope == "global":
+        amax = lax.pmax(amax, axes)
+    return {role: amax[i] for i, role in enumerate(roles)}
 
 
 def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
@@ -54,6 +71,15 @@ def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
         return checkpoint_name(data if order is None else data.transpose(tuple(order)), name)
 
     return _map_data(kept, as_bytes(x)) if isinstance(x, ScaledArray) else kept(x)
+
+
+def gathered(x: Operand, how: Gather | None) -> Operand:
+    """The whole operand from a shard of it; codes travel as bytes."""
+    if how is None:
+        return x
+    if not isinstance(x, ScaledArray):
+        return all_gather(x, how)
+    return as_codes(_map_data(lambda data: all_gather(data, how), as_bytes(x)))
 
 
 def as_bytes(x: ScaledArray) -> ScaledArray:

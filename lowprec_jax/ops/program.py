@@ -1,5 +1,6 @@
-"""What a lowered program really multiplies: FP8, exact upcasts of FP8, or something else."""
+"""What a lowered program executes, and what it really multiplies: FP8, its upcasts, the rest."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Ops that change how a value is laid out or typed, not where it comes from.
@@ -42,24 +43,63 @@ def count_gemms(lowered: Any) -> GemmCount:
     Returns:
       The counts. A loop whose trip count is not a constant counts once.
     """
+    counts = {"native": 0, "emulated": 0, "other": 0}
+    for executed in executed_operations(lowered):
+        if executed.op.name == "stablehlo.dot_general":
+            counts[_kind(executed.op)] += executed.times
+    return GemmCount(**counts)
+
+
+class Executed(NamedTuple):
+    """An operation of a program, and how often one run of the program executes it.
+
+    Attributes:
+      op: the StableHLO operation.
+      times: product of the trip counts of the loops around it.
+      exact: False inside a loop whose trip count is not a constant, which counts once, and inside
+        a branch, as if it was taken: of the branches of a conditional only one runs.
+    """
+
+    op: Any
+    times: int
+    exact: bool
+
+
+def executed_operations(lowered: Any) -> Iterator[Executed]:
+    """The StableHLO operations of a lowered program, calls followed and loops multiplied.
+
+    Args:
+      lowered: what ``jax.jit(f).lower(...)`` returns, for any platform.
+    """
     module = lowered.compiler_ir(dialect="stablehlo")
     functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
-    counts = {"native": 0, "emulated": 0, "other": 0}
 
-    def visit(operation: Any, times: int) -> None:
-        for region in operation.regions:
+    def visit(operation: Any, times: int, exact: bool) -> Iterator[Executed]:
+        for region, repeated, known in _regions(operation):
             for block in region.blocks:
                 for op in block.operations:
-                    op = op.operation
-                    if op.name == "stablehlo.dot_general":
-                        counts[_kind(op)] += times
-                    elif op.name == "func.call":
-                        visit(functions[op.attributes["callee"].value].operation, times)
-                    trips = _trip_count(op) if op.name == "stablehlo.while" else 1
-                    visit(op, times * trips)
+                    found = Executed(op.operation, times * repeated, exact and known)
+                    yield found
+                    if found.op.name == "func.call":
+                        callee = functions[found.op.attributes["callee"].value]
+                        yield from visit(callee.operation, found.times, found.exact)
+                    yield from visit(*found)
 
-    visit(functions["main"].operation, 1)
-    return GemmCount(**counts)
+    yield from visit(functions["main"].operation, 1, True)
+
+
+def _regions(op: Any) -> list[tuple[Any, int, bool]]:
+    """``(region, how often it runs each time the operation does, whether that is exact)``."""
+    if op.name == "stablehlo.while":
+        trips = _trip_count(op)
+        known = trips is not None
+        # The condition runs once more than the body.
+        return [
+            (op.regions[0], trips + 1 if known else 1, known),
+            (op.regions[1], trips if known else 1, known),
+        ]
+    exact = op.name not in ("stablehlo.case", "stablehlo.if")
+    return [(region, 1, exact) for region in op.regions]
 
 
 def _kind(dot: Any) -> str:
@@ -82,12 +122,44 @@ def _comes_from_low_precision(value: Any) -> bool:
     return True
 
 
-def _trip_count(loop: Any) -> int:
-    """Trips of a counted loop (`lax.scan`, `fori_loop` from 0): the bound in its condition."""
-    for op in loop.regions[0].blocks[0].operations:
-        op = op.operation
-        if op.name == "stablehlo.compare":
-            bound = op.operands[1].owner
-            if getattr(bound, "name", None) == "stablehlo.constant":
-                return max(int(bound.attributes["value"].get_splat_value().value), 1)
-    return 1
+def _trip_count(loop: Any) -> int | None:
+    """Trips of a counted loop (`lax.scan`, `fori_loop`), None of another.
+
+    A counter starts at a constant and grows by a constant while it is below a constant.
+    """
+    condition, body = (region.blocks[0] for region in loop.regions)
+    compare = _terminator(condition).operands[0].owner
+    if getattr(compare, "name", None) != "stablehlo.compare" or "LT" not in str(
+        compare.attributes["comparison_direction"]
+    ):
+        return None
+    index = _argument(condition, compare.operands[0])
+    if index is None:
+        return None
+    step = _terminator(body).operands[index].owner
+    if getattr(step, "name", None) != "stablehlo.add":
+        return None
+    if _argument(body, step.operands[0]) != index:
+        return None
+    values = (loop.operands[index], compare.operands[1], step.operands[1])
+    start, bound, by = (_integer_constant(value) for value in values)
+    if start is None or bound is None or by is None or by < 1:
+        return None
+    return max(-(-(bound - start) // by), 0)
+
+
+def _terminator(block: Any) -> Any:
+    return list(block.operations)[-1].operation
+
+
+def _argument(block: Any, value: Any) -> int | None:
+    """The position of a value among the arguments of a block, None if it is not one of them."""
+    return next((i for i, argument in enumerate(block.arguments) if argument == value), None)
+
+
+def _integer_constant(value: Any) -> int | None:
+    if getattr(value.owner, "name", None) != "stablehlo.constant":
+        return None
+    constant = value.owner.attributes["value"]
+    scalar = constant.get_splat_value().value if constant.is_splat else None
+    return scalar if isinstance(scalar, int) and not isinstance(scalar, bool) else None

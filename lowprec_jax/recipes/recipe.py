@@ -62,6 +62,11 @@ class Recipe:
       margin: powers of two of head-room in every scale.
       scale_rounding: "none", or "power_of_two": scales are rounded up to one, so that scaling and
         unscaling change exponents only and what a format holds exactly stays exact.
+      amax_scope: current scaling of an operand of which devices hold parts (`jax.shard_map`,
+        `jax.pmap`): "global", its scale is that of the whole, so that results do not depend on the
+        layout, at the price of a small all-reduce; "local", each part has a scale of its own.
+        Where the compiler splits arrays (plain ``jit``) it is always global, and so are the amaxes
+        of delayed scaling.
       observe: also record amax and health counts where the recipe has no need of state.
     """
 
@@ -74,6 +79,7 @@ class Recipe:
     amax_reduction: Literal["max", "most_recent"] = "max"
     margin: int = 0
     scale_rounding: Literal["none", "power_of_two"] = "none"
+    amax_scope: Literal["global", "local"] = "global"
     observe: bool = False
 
     def __post_init__(self):
@@ -84,6 +90,7 @@ class Recipe:
         self._check_option("amax_reduction", "max", "most_recent")
         self._check_option("scaling", "delayed", "current")
         self._check_option("scale_rounding", "none", "power_of_two")
+        self._check_option("amax_scope", "global", "local")
 
     def _check_option(self, field: str, *allowed: str) -> None:
         given = getattr(self, field)

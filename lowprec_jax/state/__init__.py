@@ -2,8 +2,9 @@
 
 from lowprec_jax.ops import cond
 from lowprec_jax.recipes import init_state
-from lowprec_jax.state.grad import accumulate, calibrate, value_and_grad
+from lowprec_jax.state.grad import accumulate, calibrate, per_example, value_and_grad
 from lowprec_jax.state.health import Health, health, operand_names, summarize
+from lowprec_jax.state.probes import attach_probes, collect_probes, make_probes
 from lowprec_jax.state.sites import (
     add_observations,
     advance,
@@ -19,15 +20,19 @@ __all__ = [
     "accumulate",
     "add_observations",
     "advance",
+    "attach_probes",
     "calibrate",
     "collect",
+    "collect_probes",
     "cond",
     "health",
     "init_state",
     "is_site",
+    "make_probes",
     "make_sinks",
     "map_sites",
     "operand_names",
+    "per_example",
     "sites",
     "summarize",
     "value_and_grad",

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lowprec_jax.errors import UserError
 from lowprec_jax.training.step import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Checkpoints:
@@ -57,12 +55,12 @@ class Checkpoints:
             ),
         )
 
-    def restore_latest(self, like: TrainState, mesh: Mesh) -> TrainState:
+    def restore_latest(self, like: TrainState) -> TrainState:
         """Reads the newest checkpoint.
 
         Args:
-          like: a state of the same structure; its values are not used.
-          mesh: devices to put the state on.
+          like: a state of the same structure, on the devices it is read to; its values are not
+            used.
 
         Raises:
           UserError: there is none, or it is of a run with another model, recipe or optimizer.
@@ -75,9 +73,8 @@ class Checkpoints:
             )
         ocp = self._ocp
         self._check_format(step)
-        replicated = NamedSharding(mesh, P())
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), like._asdict()
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
         )
         self._check_structure(step, abstract)
         restored = self._manager.restore(

@@ -2,7 +2,7 @@
 
 Imports no JAX and no Flax, so that the help is quick. Names of recipes are checked later, by
 their registry. Public names: `TrainConfig` and its sections `ModelConfig`, `DataConfig`,
-`PrecisionConfig`, `RuleConfig`, `OptimConfig`, `MeshConfig`.
+`PrecisionConfig`, `RuleConfig`, `OptimConfig`, `MeshConfig`, `DistributedConfig`.
 """
 
 import dataclasses
@@ -18,9 +18,12 @@ from lowprec_jax.training.config_checks import (
     require_between,
     require_positive,
 )
+from lowprec_jax.training.mesh_config import MeshConfig
+from lowprec_jax.training.process_settings import DistributedConfig
 
 __all__ = [
     "DataConfig",
+    "DistributedConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
@@ -164,6 +167,10 @@ class PrecisionConfig:
     """Powers of two of head-room in a scale."""
     amax_reduction: Literal["max", "most_recent"] = "max"
     """A delayed scale follows the largest, or the most recent amax of its history."""
+    scale_rounding: Literal["none", "power_of_two"] = "none"
+    """Round scales up to powers of two."""
+    amax_scope: Literal["global", "local"] = "global"
+    """Current scaling of an array that devices share: one scale, or one for each part."""
 
     def __post_init__(self) -> None:
         require(self.recipe != "", "recipe is empty; give the name of a recipe.")
@@ -207,17 +214,6 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How the devices are arranged."""
-
-    data: int = 1
-    """Devices that share a batch; emulated on the CPU where there is no accelerator."""
-
-    def __post_init__(self) -> None:
-        require_at_least("data", self.data, 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -239,6 +235,8 @@ class TrainConfig:
     """The optimizer and its schedule."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The devices."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """The processes, where there are several."""
     eval_every: int = 250
     """Steps between evaluations; 0: only after the last step."""
     eval_windows: int | None = None
@@ -298,12 +296,18 @@ class TrainConfig:
         )
 
     def _check_batch(self) -> None:
-        devices, parts = self.mesh.data, self.optim.accumulate
-        what = f"{devices} devices on mesh axis 'data'"
+        devices, parts = self.mesh.batch_parts, self.optim.accumulate
+        what = f"{devices} devices (mesh.data x mesh.fsdp)"
         if parts > 1:
             what = f"{devices * parts} = {what} x {parts} micro-batches (optim.accumulate)"
         require(
             self.batch_size % (devices * parts) == 0,
             f"batch_size {self.batch_size} is not divisible by {what}. "
             f"Use {multiples(self.batch_size, devices * parts)}.",
+        )
+        require(
+            not self.mesh.sequence or self.model.context % self.mesh.tensor == 0,
+            f"mesh.sequence splits model.context {self.model.context} over mesh.tensor "
+            f"{self.mesh.tensor}, which does not divide it. Use {self.mesh.tensor * 64}, or "
+            "another mesh.tensor.",
         )

@@ -4,36 +4,34 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lowprec_jax.models import next_token_loss
-from lowprec_jax.sharding import put_batch
 from lowprec_jax.training.network import Network
 from lowprec_jax.training.step import TrainState
 
 
 def build_evaluation(
-    network: Network, mesh: Mesh, windows: tuple[np.ndarray, np.ndarray], batch_size: int
+    network: Network, windows: tuple[np.ndarray, np.ndarray], batch_size: int
 ) -> Callable[[TrainState], float]:
     """A function that returns the mean loss, in nats per token, over all windows.
 
     Args:
       network: the network.
-      mesh: devices.
       windows: inputs and targets, int32 [n, context].
       batch_size: windows per call; the last call is padded with targets that do not count.
     """
     batches = list(_padded_batches(windows, batch_size))
 
-    @jax.jit
+    @network.layout.jit
     def sums(state: TrainState, batch):
-        model = network.merge(state.params, state.scaling)
+        model = network.whole(network.merge(state.params, state.scaling))
         return next_token_loss(model(batch[0]), batch[1])
 
     def evaluate(state: TrainState) -> float:
         total = np.zeros(2)
         for batch in batches:
-            total += np.array(jax.device_get(sums(state, put_batch(batch, mesh))), np.float64)
+            part = sums(state, network.layout.put_batch(batch))
+            total += np.array(jax.device_get(part), np.float64)
         return float(total[0] / total[1])
 
     return evaluate

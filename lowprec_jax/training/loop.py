@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from lowprec_jax import data
@@ -17,13 +16,13 @@ from lowprec_jax.errors import UserError
 from lowprec_jax.models import generate
 from lowprec_jax.ops import GemmCount, count_gemms
 from lowprec_jax.recipes import get_recipe
-from lowprec_jax.sharding import make_mesh, put_batch, put_replicated
 from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.config import TrainConfig
 from lowprec_jax.training.evaluate import build_evaluation
 from lowprec_jax.training.metrics import MetricsLog, ProgressLine, StepReader
 from lowprec_jax.training.network import Network, build_network, operand_names
 from lowprec_jax.training.optimizer import build_optimizer
+from lowprec_jax.training.processes import Processes, start_processes
 from lowprec_jax.training.run_directory import RunDirectory, environment
 from lowprec_jax.training.step import (
     TrainState,
@@ -46,8 +45,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
       UserError: bad input; nothing of an earlier run is touched.
       FloatingPointError: loss or gradients stayed non-finite.
     """
-    console = Console()
-    mesh = make_mesh(config.mesh.data)
+    with start_processes(config.distributed) as processes:
+        return _train(config, processes)
+
+
+def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
+    """The run as one of its processes sees it; the first one writes and talks."""
+    console = Console(quiet=not processes.is_first)
     corpus = data.load_corpus(
         config.data.source, validation_fraction=config.data.validation_fraction
     )
@@ -67,19 +71,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     network = build_network(config, tokenizer.vocab_size)
     if config.sample_tokens:
         tokenizer.encode(config.sample_prompt)  # a prompt it cannot encode is bad input now
-    run = RunDirectory(config.run_path, resume=config.resume)
+    run = RunDirectory(config.run_path, resume=config.resume, writes=processes.is_first)
     with Checkpoints(run.checkpoints, config.keep_checkpoints) as checkpoints:
-        loop = _Loop(config, console, mesh, network, batches, run, checkpoints)
-        loop.evaluate = build_evaluation(network, mesh, windows, config.batch_size)
+        loop = _Loop(config, console, network, batches, run, checkpoints)
+        loop.evaluate = build_evaluation(network, windows, config.batch_size)
         state = loop.prepare()
         # Only now: what may still be refused leaves the files of an earlier run as they are.
         run.write_text("config.yaml", dump_config(config))
         run.write_json("environment.json", environment())
         run.write_json("data_card.json", corpus.card)
-        data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
+        if processes.is_first:
+            data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
         state, summary = loop.run(state)
-    sample = _sample(config, network, state, tokenizer)
-    _finish(config, console, run, summary, sample)
+    trained = network.layout.on_one_device((state.params, state.scaling))
+    if processes.is_first:
+        _finish(config, console, run, summary, _sample(config, network, trained, tokenizer))
     return summary
 
 
@@ -92,18 +98,17 @@ class _Loop:
         self,
         config: TrainConfig,
         console: Console,
-        mesh: Mesh,
         network: Network,
         batches: data.Batches,
         run: RunDirectory,
         checkpoints: Checkpoints,
     ):
-        self.config, self.console, self.mesh = config, console, mesh
+        self.config, self.console = config, console
         self.network, self.batches = network, batches
         self.run_directory, self.checkpoints = run, checkpoints
         self.tx = build_optimizer(config)
         # Emulated devices deadlock at random if the steps of several devices pile up.
-        self.waits_each_step = mesh.size > 1 and jax.devices()[0].platform == "cpu"
+        self.waits_each_step = config.mesh.size > 1 and jax.devices()[0].platform == "cpu"
         self.names: list[str] = []
         self.validation_losses: list[float] = []
         self.start_time = time.perf_counter()
@@ -124,18 +129,15 @@ class _Loop:
         """Runs the remaining steps; returns the final state and the summary."""
         config, directory = self.config, self.run_directory
         first = int(state.step)
-        if config.resume:
+        if config.resume and directory.writes:
             directory.drop_metrics_after(first)
             self.validation_losses = directory.validation_losses()
         line = ProgressLine(
             self.console, first, config.steps, live=config.progress, every=config.log_every
         )
-        with (
-            contextlib.closing(
-                MetricsLog(directory.metrics, directory.path / "tensorboard")
-            ) as log,
-            line,
-        ):
+        board = directory.path / "tensorboard"
+        log = MetricsLog(directory.metrics, board, writes=directory.writes)
+        with contextlib.closing(log), line:
             reader = StepReader(
                 self.names, log, line, tokens=config.batch_size * config.model.context
             )
@@ -158,13 +160,14 @@ class _Loop:
     def _initial_state(self) -> TrainState:
         """A calibrated fresh state, or the newest checkpoint."""
         key = jax.random.key(self.config.seed)
-        state = put_replicated(init_state(self.network, self.tx, key), self.mesh)
+        reduce = self.config.mesh.reduce
+        state = init_state(self.network, self.tx, key, reduce=reduce)
         if self.config.resume:
-            state = self.checkpoints.restore_latest(state, self.mesh)
+            state = self.checkpoints.restore_latest(state)
             self.console.print(f"Resuming after step {int(state.step)}.")
             return state
         if scaling_of.sites(state.scaling):
-            state = build_calibration(self.network, self.mesh)(state, self._batch(1))
+            state, _ = build_calibration(self.network, state)(state, self._batch(1))
         return state
 
     def _evaluate(self, step: int, state: TrainState, log: MetricsLog, line: ProgressLine) -> None:
@@ -188,13 +191,16 @@ class _Loop:
         }
 
     def _batch(self, step: int):
-        return put_batch(self.batches.batch(step - 1), self.mesh)
+        def load(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            return self.batches.batch(step - 1, rows)
+
+        return self.network.layout.load_batch(load, self.config.batch_size)
 
     def _compile(self, state: TrainState):
         """Compiles the step, and says what its matmuls are before anything is trained."""
         config = self.config
         begin = time.perf_counter()
-        step = build_step(self.network, self.tx, self.mesh, micro_batches=config.optim.accumulate)
+        step = build_step(self.network, self.tx, state, micro_batches=config.optim.accumulate)
         lowered = step.lower(state, self._batch(1))
         gemms = count_gemms(lowered)
         _require_fp8(config, gemms)
@@ -202,8 +208,8 @@ class _Loop:
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         self.console.print(
             f"{config.name}: {parameters:,} parameters, recipe {config.precision.recipe}, "
-            f"{self.mesh.size} x {jax.devices()[0].device_kind}. FP8 matmuls in the lowered step: "
-            f"{gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}.",
+            f"{config.mesh.size} x {jax.devices()[0].device_kind}. FP8 matmuls in the lowered "
+            f"step: {gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}.",
             soft_wrap=True,
         )
         return compiled, gemms, time.perf_counter() - begin
@@ -225,11 +231,11 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _sample(config: TrainConfig, network: Network, state: TrainState, tokenizer) -> str:
-    """Text that the trained model writes."""
+def _sample(config: TrainConfig, network: Network, trained: Any, tokenizer) -> str:
+    """Text that the trained model, parameters and scaling on one device, writes."""
     if not config.sample_tokens:
         return ""
-    model = network.merge(state.params, state.scaling)
+    model = network.merge(*trained)
     prompt = tokenizer.encode(config.sample_prompt)
     key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
     ids = generate(model, prompt, config.sample_tokens, config.model.context, key)

@@ -50,17 +50,24 @@ class MetricsLog:
     """Appends records to ``metrics.jsonl``, whole lines only, and to TensorBoard if installed.
 
     A killed run leaves a valid file: only the last line can be cut off.
+
+    Args:
+      path: the file.
+      tensorboard: folder for TensorBoard.
+      writes: if not, as in all processes of a run but the first, nothing is written.
     """
 
-    def __init__(self, path: Path, tensorboard: Path):
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard_writer(tensorboard)
+    def __init__(self, path: Path, tensorboard: Path, *, writes: bool = True):
+        self._file = path.open("a", encoding="utf-8") if writes else None
+        self._board = _tensorboard_writer(tensorboard) if writes else None
 
     def write(self, record: Record) -> None:
         """Appends one record; its numbers go to TensorBoard under its step.
 
         A number that is not finite becomes null: JSON has none.
         """
+        if self._file is None:
+            return
         finite = {k: None if _is_nonfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
@@ -71,7 +78,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

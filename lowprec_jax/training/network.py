@@ -4,50 +4,89 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lowprec_jax import recipes, state
-from lowprec_jax.models import Transformer, TransformerConfig
-from lowprec_jax.nnx import Scaling, plan, quantize
+from lowprec_jax.models import Transformer, TransformerConfig, partitioning
+from lowprec_jax.nnx import Scaling, gather_kernels, plan, quantize
+from lowprec_jax.ops import Gather, gather
 from lowprec_jax.ops.plan import Plan
+from lowprec_jax.sharding import (
+    FSDP_AXIS,
+    TENSOR_AXIS,
+    Layout,
+    dimension_over,
+    make_mesh,
+)
 from lowprec_jax.training.config import ModelConfig, PrecisionConfig, TrainConfig
+from lowprec_jax.training.mesh_config import MeshConfig
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model as functions on trees.
+    """A model as functions on trees, and where it lives.
 
     Attributes:
+      layout: the devices and how the parameters are split over them.
       init: ``key -> (params, scaling)``, nested dicts of arrays.
       merge: ``(params, scaling) -> model``.
       split: ``model -> (params, scaling)``.
+      whole: ``model -> model`` with the sharded parameters that no linear layer gathers by itself
+        brought together: what the loss is computed with.
     """
 
+    layout: Layout
     init: Callable[[jax.Array], tuple[Tree, Tree]]
     merge: Callable[[Tree, Tree], nnx.Module]
     split: Callable[[nnx.Module], tuple[Tree, Tree]]
+    whole: Callable[[nnx.Module], nnx.Module]
+
+
+def build_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a run.
+
+    Raises:
+      UserError: see `make_mesh`.
+    """
+    return make_mesh(
+        config.data, config.fsdp, config.tensor, explicit=config.strategy == "explicit"
+    )
 
 
 def build_network(config: TrainConfig, vocab_size: int) -> Network:
-    """Builds the model of a run.
+    """Builds the model of a run and lays it out over its devices.
 
     Raises:
-      UserError: an unknown recipe, or a rule that matches no layer.
+      UserError: an unknown recipe, a rule that matches no layer, a mesh that the devices or the
+        sizes of the model do not allow.
     """
     rules = precision_rules(config.precision)
+    mesh = build_mesh(config.mesh)
 
     def create(key: jax.Array) -> nnx.Module:
         model = Transformer(transformer_config(config.model, vocab_size), rngs=nnx.Rngs(key))
+        model.sequence_axis = TENSOR_AXIS if config.mesh.sequence else None
         return quantize(model, rules)
 
-    graphdef, *abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)), nnx.Param, Scaling)
+    layout = _layout(config.mesh, mesh, nnx.eval_shape(create, jax.random.key(0)))
+    gathers = _gathers(layout)
+
+    def create_sharded(key: jax.Array) -> nnx.Module:
+        model = create(key)
+        gather_kernels(model, gathers)
+        return model
+
+    abstract_model = nnx.eval_shape(create_sharded, jax.random.key(0))
+    others = {k: v for k, v in gathers.items() if k not in gather_kernels(abstract_model, gathers)}
+    graphdef, *abstract = nnx.split(abstract_model, nnx.Param, Scaling)
 
     def merge(params: Tree, scaling: Tree) -> nnx.Module:
         trees = zip(abstract, (params, scaling), strict=True)
@@ -57,7 +96,13 @@ def build_network(config: TrainConfig, vocab_size: int) -> Network:
         _, params, scaling = nnx.split(model, nnx.Param, Scaling)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(scaling)
 
-    return Network(init=jax.jit(lambda key: split(create(key))), merge=merge, split=split)
+    return Network(
+        layout=layout,
+        init=jax.jit(lambda key: split(create_sharded(key))),
+        merge=merge,
+        split=split,
+        whole=functools.partial(_whole, gathers=others),
+    )
 
 
 def plan_network(config: TrainConfig, vocab_size: int = 256) -> Plan:
@@ -67,6 +112,45 @@ def plan_network(config: TrainConfig, vocab_size: int = 256) -> Plan:
     )
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.model.context), jnp.int32)
     return plan(model, precision_rules(config.precision), tokens)
+
+
+def _layout(config: MeshConfig, mesh: Mesh, model: nnx.Module) -> Layout:
+    return Layout.of(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        partitioning.TRANSFORMER,
+        mesh,
+        config.strategy,
+        zero1=config.zero1,
+        reduce_dtype=jnp.bfloat16 if config.reduce == "bfloat16" else jnp.float32,
+    )
+
+
+def _gathers(layout: Layout) -> dict[str, Gather]:
+    """How each parameter that is split over the fsdp axis is brought together, by path."""
+    flat = jax.tree_util.tree_leaves_with_path(layout.specs)
+    split = {_name(path): dimension_over(spec, FSDP_AXIS) for path, spec in flat}
+    return {
+        name: Gather((FSDP_AXIS,), axis, layout.reduce_dtype)
+        for name, axis in split.items()
+        if axis is not None
+    }
+
+
+def _whole(model: nnx.Module, gathers: Mapping[str, Gather]) -> nnx.Module:
+    if not gathers:
+        return model
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def brought(path, x):
+        how = gathers.get(_name(path))
+        return x if how is None else gather(x, how)
+
+    gathered = jax.tree_util.tree_map_with_path(brought, nnx.to_pure_dict(params))
+    return nnx.merge(graphdef, _filled(params, gathered), rest)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _filled(abstract: nnx.State, tree: Tree) -> nnx.State:
@@ -112,6 +196,8 @@ def precision_rules(precision: PrecisionConfig) -> tuple[recipes.Rule, ...]:
             history_length=precision.history_length,
             amax_reduction=precision.amax_reduction,
             margin=precision.margin,
+            scale_rounding=precision.scale_rounding,
+            amax_scope=precision.amax_scope,
             observe=True,
         )
 

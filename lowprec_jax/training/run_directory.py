@@ -31,14 +31,17 @@ class RunDirectory:
     Args:
       path: the directory; made if it does not exist.
       resume: go on with the run that is there.
+      writes: if not, as in all processes of a run but the first, nothing is checked or written.
 
     Raises:
       UserError: a finished or stopped run is there and `resume` is not asked for, or the reverse;
         or the directory cannot be made.
     """
 
-    def __init__(self, path: str, *, resume: bool):
-        self.path = Path(path)
+    def __init__(self, path: str, *, resume: bool, writes: bool = True):
+        self.path, self.writes = Path(path), writes
+        if not writes:
+            return
         begun = self.metrics.exists()
         if begun and not resume:
             raise UserError(
@@ -71,6 +74,8 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, whole or not at all."""
+        if not self.writes:
+            return
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path / name)

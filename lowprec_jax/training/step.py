@@ -1,5 +1,6 @@
 """The training step: loss, gradients, guard, optimizer, advance. One compiled program."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,15 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from lowprec_jax import state as scaling_of
 from lowprec_jax.models import next_token_loss
 from lowprec_jax.nnx import accumulate, calibrate
-from lowprec_jax.sharding import local_copy, over_data, sum_over_data
+from lowprec_jax.sharding import (
+    device_axes,
+    fp8_all_reduce,
+    init_reduction,
+    local_copy,
+    sum_over_devices,
+)
 from lowprec_jax.training.network import Network
 
 Batch = tuple[jax.Array, jax.Array]
+Tree = Any
 
 
 class TrainState(NamedTuple):
@@ -25,12 +32,14 @@ class TrainState(NamedTuple):
       params: parameters, nested dicts.
       scaling: scaling state, nested dicts; no optimizer, norm or decay sees it.
       opt_state: state of the optimizer.
+      reduction: state of the FP8 sum of gradients, see `fp8_all_reduce`; empty without.
       step: completed steps, int32 [].
     """
 
     params: Any
     scaling: Any
     opt_state: Any
+    reduction: Any
     step: jax.Array
 
 
@@ -50,71 +59,111 @@ class StepMetrics(NamedTuple):
     health: scaling_of.Health | None
 
 
-def init_state(network: Network, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh state; its scales are not calibrated yet."""
-    params, scaling = network.init(key)
-    return TrainState(params, scaling, jax.jit(tx.init)(params), jnp.int32(0))
+def init_state(
+    network: Network, tx: optax.GradientTransformation, key: jax.Array, *, reduce: str = "float32"
+) -> TrainState:
+    """A fresh state on the devices of the network; its scales are not calibrated yet.
+
+    Each device makes its own part: a model that does not fit one device never exists whole.
+
+    Args:
+      network: the network.
+      tx: the optimizer.
+      key: random key of the parameters.
+      reduce: type in which gradients are summed over devices; "fp8" has state.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        params, scaling = network.init(key)
+        reduction = init_reduction(params) if reduce == "fp8" else {}
+        return TrainState(params, scaling, tx.init(params), reduction, jnp.int32(0))
+
+    return network.layout.init(init, key)
 
 
 def build_step(
     network: Network,
     tx: optax.GradientTransformationExtraArgs,
-    mesh: Mesh,
+    like: TrainState,
     *,
     micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled training step ``(state, batch) -> (state, metrics)``; the state is donated.
+    """The jitted training step ``(state, batch) -> (state, metrics)``; the state is donated.
 
-    The batch is a pair of token ids int32 [batch, context]: inputs and targets.
+    Args:
+      network: the network.
+      tx: the optimizer.
+      like: a state such as it will be given, arrays or abstract.
+      micro_batches: parts of the batch that run one after the other.
+
+    Returns:
+      The step. Its batch is a pair of token ids int32 [batch, context], inputs and targets, put on
+      the devices by ``network.layout.put_batch``.
     """
+    layout = network.layout
+    gradients = layout.spread(functools.partial(_gradients, network, micro_batches))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, grads, scaling = _gradients(network, state, batch, micro_batches)
+        others = (state.scaling, state.reduction)
+        loss, grads, (scaling, reduction) = gradients(state.params, others, batch)
         grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update():
             with jax.numpy_dtype_promotion("standard"):  # Optax's Adam fails under the strict one
                 updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
+            return layout.place(optax.apply_updates(state.params, updates)), opt_state
 
         params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
         metrics = StepMetrics(
             loss, grad_norm, (~finite).astype(jnp.int32), scaling_of.summarize(scaling)
         )
-        return TrainState(params, scaling, opt_state, state.step + 1), metrics
+        return TrainState(params, scaling, opt_state, reduction, state.step + 1), metrics
 
-    return jax.jit(over_data(step, mesh), donate_argnums=0)
-
-
-def build_calibration(network: Network, mesh: Mesh) -> Callable[[TrainState, Batch], TrainState]:
-    """The compiled calibration ``(state, batch) -> state``: scales for the first step."""
-
-    def step(state: TrainState, batch: Batch) -> TrainState:
-        model = network.merge(local_copy(state.params), state.scaling)
-        calibrate(_loss(_global_tokens(batch)), model, *batch)
-        return state._replace(scaling=network.split(model)[1])
-
-    return jax.jit(over_data(step, mesh), donate_argnums=0)
+    return layout.compile(step, like)
 
 
-def _gradients(network: Network, state: TrainState, batch: Batch, micro_batches: int):
-    """Loss of the global batch, gradients of the parameters, next scaling state."""
-    model = network.merge(local_copy(state.params), state.scaling)
-    value_and_grad = accumulate(_loss(_global_tokens(batch)), micro_batches)
+def build_calibration(
+    network: Network, like: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, None]]:
+    """The jitted calibration ``(state, batch) -> (state, None)``: scales for the first step."""
+    layout = network.layout
+
+    def observe(params: Tree, scaling: Tree, batch: Batch) -> Tree:
+        model = network.merge(local_copy(params), scaling)
+        calibrate(_loss(network, _global_tokens(batch)), model, *batch)
+        return network.split(model)[1]
+
+    observe = layout.spread(observe, gradients=False)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, None]:
+        return state._replace(scaling=observe(state.params, state.scaling, batch)), None
+
+    return layout.compile(step, like)
+
+
+def _gradients(network: Network, micro_batches: int, params: Tree, others: Tree, batch: Batch):
+    """Loss of the global batch, gradients of the parameters, next scaling and reduction state."""
+    scaling, reduction = others
+    model = network.merge(local_copy(params), scaling)
+    value_and_grad = accumulate(_loss(network, _global_tokens(batch)), micro_batches)
     loss, grads = value_and_grad(model, *batch)
-    loss, grads = sum_over_data((loss, nnx.to_pure_dict(grads)))
-    return loss, grads, network.split(model)[1]
+    grads = nnx.to_pure_dict(grads)
+    if reduction and device_axes():
+        grads, reduction = fp8_all_reduce(grads, reduction, device_axes())
+    else:
+        grads = network.layout.reduce(grads)
+    return sum_over_devices(loss), grads, (network.split(model)[1], reduction)
 
 
-def _loss(tokens: jax.Array) -> Callable[[nnx.Module, jax.Array, jax.Array], jax.Array]:
+def _loss(network: Network, tokens: jax.Array) -> Callable[[nnx.Module, Any, Any], jax.Array]:
     """The loss of a part of the batch: a sum over it, divided by the tokens of the whole."""
 
     def loss(model: nnx.Module, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return next_token_loss(model(inputs_BT), targets_BT)[0] / tokens
+        return next_token_loss(network.whole(model)(inputs_BT), targets_BT)[0] / tokens
 
     return loss
 
 
 def _global_tokens(batch: Batch) -> jax.Array:
-    return sum_over_data((batch[1] >= 0).sum(dtype=jnp.float32))
+    return sum_over_devices((batch[1] >= 0).sum(dtype=jnp.float32))

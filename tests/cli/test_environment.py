@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from lowprec_jax.cli.environment import prepare_environment
+from lowprec_jax.cli.environment import emulate_devices, prepare_environment
 from lowprec_jax.training.config import MeshConfig, TrainConfig
 
 FLAG = "--xla_force_host_platform_device_count"
@@ -58,6 +58,36 @@ def test_prepare_environment__several_devices__emulates_them_on_the_cpu(plugins,
     environ = dict(before)
     prepare_environment(config(4), environ)
     assert environ.get("XLA_FLAGS") == after
+
+
+@pytest.mark.parametrize(
+    ("processes", "after"),
+    [("2", f"{FLAG}=4"), ("3", f"{FLAG}=3"), ("8", None), ("0", f"{FLAG}=8"), ("x", f"{FLAG}=8")],
+)
+def test_prepare_environment__several_processes__each_emulates_its_part(plugins, processes, after):
+    environ = {"LOWPREC_NUM_PROCESSES": processes}
+    prepare_environment(config(8), environ)
+    assert environ.get("XLA_FLAGS") == after
+
+
+def test_prepare_environment__device_count_by_jax_option__is_not_asked_for_twice(plugins):
+    environ = {"JAX_NUM_CPU_DEVICES": "4"}
+    prepare_environment(config(4), environ)
+    assert environ == {"JAX_NUM_CPU_DEVICES": "4", "PJRT_NPROC": "32"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, f"{FLAG}=3"),
+        ({"XLA_FLAGS": f"--xla_a=1 {FLAG}=8 --xla_b=2"}, f"--xla_a=1 --xla_b=2 {FLAG}=3"),
+        ({"JAX_NUM_CPU_DEVICES": "8"}, f"{FLAG}=3"),
+    ],
+)
+def test_emulate_devices__another_number_was_set__is_replaced(before, after):
+    environ = dict(before)
+    emulate_devices(3, environ)
+    assert environ == {"XLA_FLAGS": after, "PJRT_NPROC": "32"}
 
 
 @pytest.mark.parametrize("plugin", ["jax_cuda13_plugin", "jax_cuda12_plugin", "libtpu"])

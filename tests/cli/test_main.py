@@ -40,7 +40,7 @@ def test_main__unknown_subcommand__names_the_nearest(capsys):
         (["--config", "--smoke"], "--config needs"),
         (["--config", "smok"], "Did you mean 'smoke'?"),
         (["--config=smoke", "--smoke"], "One config a run"),
-        (["--batch_size", "100", "--mesh.data", "8"], "8 devices on mesh axis 'data'. Use 96"),
+        (["--batch_size", "100", "--mesh.data", "8"], "8 devices (mesh.data x mesh.fsdp). Use 96"),
         (["--smoke", "--data.tokenizer", "chra"], "Did you mean 'char'?"),
     ],
 )

@@ -59,6 +59,67 @@ def test_batch__many_draws__reach_every_position_equally_often():
     assert np.abs(counts - 500).max() < 5 * (500 * 0.95) ** 0.5  # five sigma of a fair draw
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 3, 6])
+def test_batch__rows_of_each_host__make_up_the_global_batch(hosts):
+    batches, n = make(batch_size=12), 12 // hosts
+    parts = [batches.batch(5, rows=slice(i * n, (i + 1) * n)) for i in range(hosts)]
+    assert all(x.shape == (n, 7) and x.flags.c_contiguous for part in parts for x in part)
+    joined = [np.concatenate(side) for side in zip(*parts, strict=True)]
+    np.testing.assert_array_equal(joined, make(batch_size=12).batch(5))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (slice(None), slice(0, 5)),
+        (slice(None, None, None), slice(0, 5)),
+        (slice(None, 2, None), slice(0, 2)),
+        (slice(3, None, 1), slice(3, 5)),
+        (slice(2, 2), slice(2, 2)),
+    ],
+)
+def test_batch__rows_with_open_ends__are_those_of_numpy(rows, expected):
+    whole, part = make().batch(3), make().batch(3, rows=rows)
+    for x, y in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(x[expected], y)
+
+
+def test_batch__rows_through_make_array_from_callback__are_the_global_batch():
+    jax = pytest.importorskip("jax")
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batches = make(batch_size=8)
+    for side in (0, 1):
+        array = jax.make_array_from_callback(
+            (8, 7), sharding, lambda index, side=side: batches.batch(2, rows=index[0])[side]
+        )
+        np.testing.assert_array_equal(array, batches.batch(2)[side])
+
+
+class _CountsReads(np.ndarray):
+    """Tokens that count how many of them are read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        type(self).reads += np.size(index)
+        return np.asarray(self)[index]
+
+
+def test_batch__rows__reads_no_other_window():
+    batches = make(np.arange(1000, dtype=np.uint16).view(_CountsReads), batch_size=100)
+    batches.batch(0, rows=slice(40, 42))
+    assert _CountsReads.reads == 2 * 8
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(0, 6), slice(-2, None), slice(3, 2), slice(0, 4, 2), slice(6, None)]
+)
+def test_batch__rows_outside_the_batch__are_refused(rows):
+    with pytest.raises(DataError, match=r"rows is slice\(.*start <= stop <= batch_size 5"):
+        make().batch(0, rows=rows)
+
+
 def test_batch__corpus_of_one_window__is_that_window():
     inputs, targets = make(np.arange(8)).batch(9)
     np.testing.assert_array_equal(inputs, np.tile(np.arange(7), (5, 1)))

@@ -95,10 +95,12 @@ def attention64(x, qkv, out, heads, kv_heads, base):
     """One sequence [T, D], one query head after the other, kv heads repeated."""
     width = x.shape[-1]
     h = width // heads
-    q, k, v = np.split(x @ qkv, [width, width + kv_heads * h], axis=-1)
-    q = rope64(q.reshape(len(x), heads, h), base)
-    k = rope64(k.reshape(len(x), kv_heads, h), base)
-    v = v.reshape(len(x), kv_heads, h)
+    per_group = heads // kv_heads + 2
+    columns = (x @ qkv).reshape(len(x), kv_heads * per_group, h)
+    q_heads = [j for j in range(kv_heads * per_group) if j % per_group < per_group - 2]
+    q = rope64(columns[:, q_heads], base)
+    k = rope64(columns[:, per_group - 2 :: per_group], base)
+    v = columns[:, per_group - 1 :: per_group]
     mixed = []
     for n in range(heads):
         shared = n // (heads // kv_heads)
@@ -113,7 +115,7 @@ def norm64(x, scale):
 
 
 def mlp64(x, first, down, kind):
-    z = x @ first
+    z = x @ first.reshape(len(first), -1)
     if kind == "gelu":
         hidden = 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     else:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowprec_jax.recipes import Column, Role
-from lowprec_jax.sharding import make_mesh, put_batch, put_replicated
 from lowprec_jax.state import sites
 from lowprec_jax.training.config import (
     DataConfig,
@@ -34,6 +33,7 @@ def tiny_config(
     precision: dict[str, Any] | None = None,
     source: str = "unused",
     devices: int = 1,
+    mesh: dict[str, Any] | None = None,
     **changes: Any,
 ) -> TrainConfig:
     sizes = {"num_layers": 2, "num_heads": 2, "width": 32, "mlp_width": 48, "context": CONTEXT}
@@ -44,7 +44,7 @@ def tiny_config(
         data=DataConfig(source=source),
         precision=PrecisionConfig(recipe=recipe, **(precision or {})),
         optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),
-        mesh=MeshConfig(data=devices),
+        mesh=MeshConfig(**{"data": devices, **(mesh or {})}),
     )
 
 
@@ -62,12 +62,13 @@ def batch_of(config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
 
 def start(config: TrainConfig, tx: Any = None) -> TrainState:
     """A fresh state, calibrated if its recipe has state."""
-    network, mesh = network_of(config), make_mesh(config.mesh.data)
-    state = init_state(network, tx or build_optimizer(config), jax.random.key(config.seed))
-    state = put_replicated(state, mesh)
+    network, key = network_of(config), jax.random.key(config.seed)
+    tx = tx or build_optimizer(config)
+    state = init_state(network, tx, key, reduce=config.mesh.reduce)
     if not jax.tree.leaves(state.scaling):
         return state
-    return build_calibration(network, mesh)(state, put_batch(batch_of(config, 0), mesh))
+    batch = network.layout.put_batch(batch_of(config, 0))
+    return build_calibration(network, state)(state, batch)[0]
 
 
 def compiled(step: Any, state: TrainState, batch: Any) -> Any:

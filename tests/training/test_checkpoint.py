@@ -101,8 +101,8 @@ def test_resume__killed_before_the_first_checkpoint__says_how_to_start_anew(run_
 
 
 def test_resume__checkpoint_of_another_format__is_refused(fp8_run, run_config, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-    with pytest.raises(UserError, match=r"has format 1; this version .* reads format 2"):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
+    with pytest.raises(UserError, match=r"has format 2; this version .* reads format 3"):
         train(run_config(fp8_run, plots=False, sample_tokens=0, steps=8, resume=True))
 
 

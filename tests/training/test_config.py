@@ -38,9 +38,9 @@ def test_train_config__defaults__are_valid():
 @pytest.mark.parametrize(
     ("devices", "parts", "batch", "message"),
     [
-        (8, 1, 100, "batch_size 100 is not divisible by 8 devices on mesh axis 'data'. Use 96 or"),
+        (8, 1, 100, r"100 is not divisible by 8 devices \(mesh.data x mesh.fsdp\). Use 96 or"),
         (8, 1, 4, "Use 8\\."),
-        (4, 2, 100, "by 8 = 4 devices on mesh axis 'data' x 2 micro-batches.*Use 96 or 104"),
+        (4, 2, 100, r"by 8 = 4 devices \(mesh.data x mesh.fsdp\) x 2 micro-batches.*Use 96 or 104"),
         (1, 5, 12, "by 5 = 1 devices.*Use 10 or 15"),
     ],
 )

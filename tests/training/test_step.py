@@ -13,7 +13,6 @@ from flax import nnx
 from lowprec_jax.models import Transformer
 from lowprec_jax.optim import read_masters
 from lowprec_jax.recipes import Column, Role
-from lowprec_jax.sharding import make_mesh
 from lowprec_jax.state import sites
 from lowprec_jax.training.network import transformer_config
 from lowprec_jax.training.optimizer import build_optimizer
@@ -36,7 +35,7 @@ FP8, NONE = tiny_config(), tiny_config(recipe="none", optim={"clip_norm": 0.5})
 
 def step_of(config, state, batch, tx=None, micro_batches=1):
     tx = tx or build_optimizer(config)
-    step = build_step(network_of(config), tx, make_mesh(), micro_batches=micro_batches)
+    step = build_step(network_of(config), tx, state, micro_batches=micro_batches)
     return compiled(step, state, batch)
 
 
