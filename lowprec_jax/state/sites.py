@@ -96,10 +96,21 @@ def advance(tree: Tree, when: jax.Array | bool = True) -> Tree:
 
 
 def reduce_observations(seen: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
-    """Reduces observations over the mesh axes along which they, but not `like`, vary."""
-    axes = compat.reduction_axes(seen, like)
-    if not seen or not axes:
-        return seen
+    """Reduces each observation over the mesh axes along which it, but not its state, varies.
+
+    Sites that are reduced over the same axes share the collectives; a site whose state is split
+    over an axis (experts) is not reduced over it.
+    """
+    axes = [compat.reduction_axes([x], [y]) for x, y in zip(seen, like, strict=True)]
+    reduced = dict(enumerate(seen))
+    for shared in filter(None, dict.fromkeys(axes)):
+        which = [i for i, own in enumerate(axes) if own == shared]
+        reduced.update(zip(which, _reduce([seen[i] for i in which], shared), strict=True))
+    return [reduced[i] for i in range(len(seen))]
+
+
+def _reduce(seen: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
+    """One `pmax` for all amaxes and one `psum` for all counts."""
     rows = [x.reshape(-1, len(Column)) for x in seen]
     stacked = jnp.concatenate(rows)
     amax = lax.pmax(stacked[:, Column.AMAX], axes)

@@ -4,16 +4,15 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from lowprec_jax import recipes, state
-from lowprec_jax.models import Transformer, TransformerConfig, partitioning
+from lowprec_jax.models import Transformer, TransformerConfig, next_token_loss, partitioning
 from lowprec_jax.nnx import Scaling, gather_kernels, plan, quantize
 from lowprec_jax.ops import Gather, gather
 from lowprec_jax.ops.plan import Plan
@@ -21,6 +20,7 @@ from lowprec_jax.sharding import (
     FSDP_AXIS,
     TENSOR_AXIS,
     Layout,
+    ShardingRule,
     dimension_over,
     make_mesh,
 )
@@ -40,7 +40,8 @@ class Network:
       merge: ``(params, scaling) -> model``.
       split: ``model -> (params, scaling)``.
       whole: ``model -> model`` with the sharded parameters that no linear layer gathers by itself
-        brought together: what the loss is computed with.
+        brought together: what is called.
+      loss: ``(model, inputs, targets) -> sum``, the loss of a batch or a part of it, not divided.
     """
 
     layout: Layout
@@ -48,17 +49,7 @@ class Network:
     merge: Callable[[Tree, Tree], nnx.Module]
     split: Callable[[nnx.Module], tuple[Tree, Tree]]
     whole: Callable[[nnx.Module], nnx.Module]
-
-
-def build_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of a run.
-
-    Raises:
-      UserError: see `make_mesh`.
-    """
-    return make_mesh(
-        config.data, config.fsdp, config.tensor, explicit=config.strategy == "explicit"
-    )
+    loss: Callable[..., jax.Array]
 
 
 def build_network(config: TrainConfig, vocab_size: int) -> Network:
@@ -69,14 +60,36 @@ def build_network(config: TrainConfig, vocab_size: int) -> Network:
         sizes of the model do not allow.
     """
     rules = precision_rules(config.precision)
-    mesh = build_mesh(config.mesh)
 
     def create(key: jax.Array) -> nnx.Module:
         model = Transformer(transformer_config(config.model, vocab_size), rngs=nnx.Rngs(key))
         model.sequence_axis = TENSOR_AXIS if config.mesh.sequence else None
         return quantize(model, rules)
 
-    layout = _layout(config.mesh, mesh, nnx.eval_shape(create, jax.random.key(0)))
+    def loss(model: nnx.Module, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return next_token_loss(model(inputs_BT), targets_BT)[0]
+
+    return lay_out(create, loss, config.mesh, partitioning.TRANSFORMER)
+
+
+def lay_out(
+    create: Callable[[jax.Array], nnx.Module],
+    loss: Callable[..., jax.Array],
+    config: MeshConfig,
+    rules: Sequence[ShardingRule],
+) -> Network:
+    """A model on the devices of a config.
+
+    Args:
+      create: makes the quantized model from a random key.
+      loss: ``(model, *batch) -> sum``, see `Network`.
+      config: the devices.
+      rules: which of them split which parameters.
+
+    Raises:
+      UserError: see `make_mesh` and `partition_specs`.
+    """
+    layout = _layout(config, nnx.eval_shape(create, jax.random.key(0)), rules)
     gathers = _gathers(layout)
 
     def create_sharded(key: jax.Array) -> nnx.Module:
@@ -102,6 +115,7 @@ def build_network(config: TrainConfig, vocab_size: int) -> Network:
         merge=merge,
         split=split,
         whole=functools.partial(_whole, gathers=others),
+        loss=loss,
     )
 
 
@@ -114,11 +128,11 @@ def plan_network(config: TrainConfig, vocab_size: int = 256) -> Plan:
     return plan(model, precision_rules(config.precision), tokens)
 
 
-def _layout(config: MeshConfig, mesh: Mesh, model: nnx.Module) -> Layout:
+def _layout(config: MeshConfig, model: nnx.Module, rules: Sequence[ShardingRule]) -> Layout:
     return Layout.of(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-        partitioning.TRANSFORMER,
-        mesh,
+        rules,
+        make_mesh(config.data, config.fsdp, config.tensor, explicit=config.strategy == "explicit"),
         config.strategy,
         zero1=config.zero1,
         reduce_dtype=jnp.bfloat16 if config.reduce == "bfloat16" else jnp.float32,

@@ -1,6 +1,5 @@
 """The training step: loss, gradients, guard, optimizer, advance. One compiled program."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import optax
 from flax import nnx
 
 from lowprec_jax import state as scaling_of
-from lowprec_jax.models import next_token_loss
 from lowprec_jax.nnx import accumulate, calibrate
 from lowprec_jax.sharding import (
     device_axes,
@@ -101,7 +99,7 @@ def build_step(
       the devices by ``network.layout.put_batch``.
     """
     layout = network.layout
-    gradients = layout.spread(functools.partial(_gradients, network, micro_batches))
+    gradients = build_gradients(network, micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         others = (state.scaling, state.reduction)
@@ -131,7 +129,7 @@ def build_calibration(
 
     def observe(params: Tree, scaling: Tree, batch: Batch) -> Tree:
         model = network.merge(local_copy(params), scaling)
-        calibrate(_loss(network, _global_tokens(batch)), model, *batch)
+        calibrate(_loss(network, batch), model, *batch)
         return network.split(model)[1]
 
     observe = layout.spread(observe, gradients=False)
@@ -142,28 +140,33 @@ def build_calibration(
     return layout.compile(step, like)
 
 
-def _gradients(network: Network, micro_batches: int, params: Tree, others: Tree, batch: Batch):
-    """Loss of the global batch, gradients of the parameters, next scaling and reduction state."""
-    scaling, reduction = others
-    model = network.merge(local_copy(params), scaling)
-    value_and_grad = accumulate(_loss(network, _global_tokens(batch)), micro_batches)
-    loss, grads = value_and_grad(model, *batch)
-    grads = nnx.to_pure_dict(grads)
-    if reduction and device_axes():
-        grads, reduction = fp8_all_reduce(grads, reduction, device_axes())
-    else:
-        grads = network.layout.reduce(grads)
-    return sum_over_devices(loss), grads, (network.split(model)[1], reduction)
+def build_gradients(network: Network, micro_batches: int = 1) -> Callable:
+    """``(params, (scaling, reduction), batch) -> (loss, grads, (scaling, reduction))``.
+
+    The mean loss of the whole batch, its gradients, and the next scaling and reduction state, with
+    every observation advanced. For use inside a function compiled by ``network.layout``.
+    """
+
+    def gradients(params: Tree, others: Tree, batch: Batch):
+        scaling, reduction = others
+        model = network.merge(local_copy(params), scaling)
+        value_and_grad = accumulate(_loss(network, batch), micro_batches)
+        loss, grads = value_and_grad(model, *batch)
+        grads = nnx.to_pure_dict(grads)
+        if reduction and device_axes():
+            grads, reduction = fp8_all_reduce(grads, reduction, device_axes())
+        else:
+            grads = network.layout.reduce(grads)
+        return sum_over_devices(loss), grads, (network.split(model)[1], reduction)
+
+    return network.layout.spread(gradients)
 
 
-def _loss(network: Network, tokens: jax.Array) -> Callable[[nnx.Module, Any, Any], jax.Array]:
+def _loss(network: Network, batch: Batch) -> Callable[..., jax.Array]:
     """The loss of a part of the batch: a sum over it, divided by the tokens of the whole."""
+    tokens = sum_over_devices((batch[1] >= 0).sum(dtype=jnp.float32))
 
-    def loss(model: nnx.Module, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return next_token_loss(network.whole(model)(inputs_BT), targets_BT)[0] / tokens
+    def loss(model: nnx.Module, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        return network.loss(network.whole(model), inputs, targets) / tokens
 
     return loss
-
-
-def _global_tokens(batch: Batch) -> jax.Array:
-    return sum_over_devices((batch[1] >= 0).sum(dtype=jnp.float32))
