@@ -63,9 +63,8 @@ def unshard(x: jax.Array, axis: int) -> jax.Array:
         return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    free = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    free[axis] = None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))
+    spec = [None if d == axis else PartitionSpec.UNCONSTRAINED for d in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def permute_sharding(sharding: NamedSharding | None, axes: Sequence[int]) -> NamedSharding | None:

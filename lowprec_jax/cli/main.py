@@ -88,6 +88,20 @@ def _plan(words: list[str]) -> None:
     print(plan_network(config))
 
 
+def _collectives(words: list[str]) -> None:
+    from lowprec_jax.cli.config_file import load_config, resolve_config_path
+    from lowprec_jax.training.config import TrainConfig
+
+    name, overrides = _take_config(words)
+    path, prog = resolve_config_path(name), "lowprec_jax collectives"
+    config = load_config(TrainConfig, path, overrides, prog=prog)
+    prepare_environment(config)
+
+    from lowprec_jax.training.communication import communication_report
+
+    print(communication_report(config))
+
+
 def _launch(words: list[str]) -> None:
     from lowprec_jax.cli.launch import run_launch
 
@@ -149,5 +163,8 @@ def _overview() -> str:
 _COMMANDS = {
     "train": _Command("train a model; writes a run directory", _train),
     "plan": _Command("show which layers of a config's model run in low precision, and why", _plan),
+    "collectives": _Command(
+        "show what one training step communicates: how often, how many bytes", _collectives
+    ),
     "launch": _Command("run a subcommand in several processes of this machine", _launch),
 }

@@ -15,6 +15,7 @@ G query heads per kv head, H head dim, F mlp width, V vocabulary, L layers.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -231,18 +232,17 @@ def _linear(
 ) -> nnx.Linear | nnx.LinearGeneral:
     """Stock linear layer without bias; `residual` ones start smaller by sqrt(2 L)."""
     scale = config.init_scale / (math.sqrt(2 * config.num_layers) if residual else 1.0)
-    layer: Callable[..., nnx.Linear | nnx.LinearGeneral]
-    layer = nnx.Linear if isinstance(outputs, int) else nnx.LinearGeneral
-    return layer(
-        inputs,
-        outputs,
-        use_bias=False,
-        dtype=jnp.dtype(config.compute_dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nnx.initializers.normal(scale),
-        preferred_element_type=preferred_element_type,
-        rngs=rngs,
-    )
+    options: dict[str, Any] = {
+        "use_bias": False,
+        "dtype": jnp.dtype(config.compute_dtype),
+        "param_dtype": jnp.dtype(config.param_dtype),
+        "kernel_init": nnx.initializers.normal(scale),
+        "preferred_element_type": preferred_element_type,
+        "rngs": rngs,
+    }
+    if isinstance(outputs, int):
+        return nnx.Linear(inputs, outputs, **options)
+    return nnx.LinearGeneral(inputs, outputs, **options)
 
 
 def _rematerialized(

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Ops that change how a value is laid out or typed, not where it comes from.
+_PLACEMENT = {"sdy.reshard", "sdy.sharding_constraint"}
 _TRANSPARENT = {
+    *_PLACEMENT,
     "stablehlo.bitcast_convert",
     "stablehlo.broadcast_in_dim",
     "stablehlo.convert",
@@ -12,6 +14,8 @@ _TRANSPARENT = {
     "stablehlo.reshape",
     "stablehlo.transpose",
 }
+# Grouped matmuls have a third operand: the sizes of the groups.
+_MATMULS = {"stablehlo.dot_general", "chlo.ragged_dot"}
 _LOW_PRECISION = ("f8", "f6", "f4")
 
 
@@ -35,7 +39,7 @@ class GemmCount(NamedTuple):
 
 
 def count_gemms(lowered: Any) -> GemmCount:
-    """Counts the matmuls of a program by what they multiply.
+    """Counts the matmuls of a program by what they multiply, grouped ones too.
 
     Args:
       lowered: what ``jax.jit(f).lower(...)`` returns, for any platform.
@@ -45,7 +49,7 @@ def count_gemms(lowered: Any) -> GemmCount:
     """
     counts = {"native": 0, "emulated": 0, "other": 0}
     for executed in executed_operations(lowered):
-        if executed.op.name == "stablehlo.dot_general":
+        if executed.op.name in _MATMULS:
             counts[_kind(executed.op)] += executed.times
     return GemmCount(**counts)
 
@@ -102,10 +106,11 @@ def _regions(op: Any) -> list[tuple[Any, int, bool]]:
     return [(region, 1, exact) for region in op.regions]
 
 
-def _kind(dot: Any) -> str:
-    if all(_is_low_precision(operand) for operand in dot.operands):
+def _kind(matmul: Any) -> str:
+    operands = list(matmul.operands)[:2]
+    if all(_is_low_precision(x) for x in operands):
         return "native"
-    return "emulated" if all(_comes_from_low_precision(x) for x in dot.operands) else "other"
+    return "emulated" if all(_comes_from_low_precision(x) for x in operands) else "other"
 
 
 def _is_low_precision(value: Any) -> bool:
@@ -114,12 +119,33 @@ def _is_low_precision(value: Any) -> bool:
 
 def _comes_from_low_precision(value: Any) -> bool:
     while not _is_low_precision(value):
-        owner = value.owner
-        if getattr(owner, "name", None) not in _TRANSPARENT:
+        source = _source(value)
+        if source is None:
             return False
-        operands = owner.operands
-        value = operands[value.result_number] if len(operands) > 1 else operands[0]
+        value = source
     return True
+
+
+def _source(value: Any) -> Any:
+    """The value with the same numbers that a value was made from, or None.
+
+    Zeros may be in their place: so the CPU masks the rows of other groups in a grouped matmul.
+    """
+    owner = value.owner
+    name = getattr(owner, "name", None)
+    if name == "stablehlo.select":
+        _, chosen, otherwise = owner.operands
+        return chosen if _is_zero(otherwise) else None
+    if name not in _TRANSPARENT:
+        return None
+    operands = owner.operands
+    return operands[value.result_number] if len(operands) > 1 else operands[0]
+
+
+def _is_zero(value: Any) -> bool:
+    if getattr(value.owner, "name", None) == "stablehlo.broadcast_in_dim":
+        value = value.owner.operands[0]
+    return _constant(value) == 0
 
 
 def _trip_count(loop: Any) -> int | None:
@@ -128,7 +154,7 @@ def _trip_count(loop: Any) -> int | None:
     A counter starts at a constant and grows by a constant while it is below a constant.
     """
     condition, body = (region.blocks[0] for region in loop.regions)
-    compare = _terminator(condition).operands[0].owner
+    compare = _unplaced(_terminator(condition).operands[0]).owner
     if getattr(compare, "name", None) != "stablehlo.compare" or "LT" not in str(
         compare.attributes["comparison_direction"]
     ):
@@ -136,7 +162,7 @@ def _trip_count(loop: Any) -> int | None:
     index = _argument(condition, compare.operands[0])
     if index is None:
         return None
-    step = _terminator(body).operands[index].owner
+    step = _unplaced(_terminator(body).operands[index]).owner
     if getattr(step, "name", None) != "stablehlo.add":
         return None
     if _argument(body, step.operands[0]) != index:
@@ -148,18 +174,32 @@ def _trip_count(loop: Any) -> int | None:
     return max(-(-(bound - start) // by), 0)
 
 
+def _unplaced(value: Any) -> Any:
+    """The same value before it was put on a mesh."""
+    while getattr(value.owner, "name", None) in _PLACEMENT:
+        value = value.owner.operands[0]
+    return value
+
+
 def _terminator(block: Any) -> Any:
     return list(block.operations)[-1].operation
 
 
 def _argument(block: Any, value: Any) -> int | None:
     """The position of a value among the arguments of a block, None if it is not one of them."""
+    value = _unplaced(value)
     return next((i for i, argument in enumerate(block.arguments) if argument == value), None)
 
 
 def _integer_constant(value: Any) -> int | None:
+    constant = _constant(value)
+    return constant if isinstance(constant, int) and not isinstance(constant, bool) else None
+
+
+def _constant(value: Any) -> int | float | bool | None:
+    """The number that a constant holds everywhere, None if it is no such constant."""
+    value = _unplaced(value)
     if getattr(value.owner, "name", None) != "stablehlo.constant":
         return None
     constant = value.owner.attributes["value"]
-    scalar = constant.get_splat_value().value if constant.is_splat else None
-    return scalar if isinstance(scalar, int) and not isinstance(scalar, bool) else None
+    return constant.get_splat_value().value if constant.is_splat else None

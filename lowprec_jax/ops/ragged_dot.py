@@ -310,5 +310,5 @@ def _native(left, right, group_sizes, dimensions, precision):
 def _upcast(left, right, group_sizes, dimensions, precision):
     """In bf16, exactly, behind a barrier: see `lowprec_jax.ops.backends.upcast`."""
     del precision
-    wide = lax.optimization_barrier((left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)))
-    return _native(*wide, group_sizes, dimensions, None)
+    left, right = lax.optimization_barrier((left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)))
+    return _native(left, right, group_sizes, dimensions, None)

@@ -10,8 +10,12 @@ it up, and sends the result to all (``all_gather``): 2 (n-1)/n bytes per element
 8 (n-1)/n of an f32 all-reduce. Codes travel as ``uint8``: XLA:CPU would move f8 as f16. All leaves
 are in one ``all_to_all`` and one ``all_gather``; the latter also carries, in 8 bytes per leaf, the
 scales of each slice and what the controller counts, so that the ``pmax`` is the only all-reduce.
+
+A slice of a leaf is a whole number of blocks. What is done once per leaf (a scale, an amax, a
+count) is done for all blocks of all leaves at once: one kernel, not one for each leaf.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -19,21 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowprec_jax import compat
 from lowprec_jax.numerics import (
     E4M3FN,
     cast,
-    compute_amax,
     reciprocal,
     scale_from_amax,
     upcast,
     usable,
 )
+from lowprec_jax.numerics.scaling import magnitude_bits
 
 Tree = Any
 ReductionState = dict[str, jax.Array]
 # Of what a device has of all leaves: codes (or values), scales, numbers of values at the maximum.
 Slices = tuple[jax.Array, jax.Array, jax.Array]
+
+# Elements. Padding costs less than this many bytes for each leaf and slice.
+BLOCK = 128
 
 # The controller of FP8-LM.
 SATURATED_FRACTION = 1e-5
@@ -114,24 +120,23 @@ def fp8_all_reduce(
     if not leaves:
         return grads, state
     axes = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
-    leaves = [compat.to_varying(x, axes) for x in leaves]
     devices = lax.axis_size(axes)
-    # Elements of each leaf that one device adds up; at least one, padding if need be.
-    sizes = np.array([max(-(-x.size // devices), 1) for x in leaves])
+    # Blocks of each leaf that one device adds up, at least one; the leaf of every such block.
+    blocks = [max(-(-x.size // (devices * BLOCK)), 1) for x in leaves]
+    leaf = np.repeat(np.arange(len(leaves), dtype=np.int32), blocks)
 
-    amax = _largest_amax(leaves, axes) / state["mu"]
-    scale = jnp.where(jnp.isfinite(amax), scale_from_amax(amax, E4M3FN), jnp.nan)
-    rows = jnp.concatenate([_rows(*x, devices) for x in zip(leaves, sizes, strict=True)], axis=1)
+    rows = jnp.concatenate([_rows(*x, devices) for x in zip(leaves, blocks, strict=True)], axis=1)
+    amax = lax.pmax(_amax(rows, leaf), axes) / state["mu"]
+    scale = _scale(amax)
     # The barrier keeps XLA:CPU from doing all of this once for each device it sends to.
-    message = lax.optimization_barrier(_bytes(_quantize(rows, scale, sizes)))
+    message = lax.optimization_barrier(_bytes(_quantize(rows, scale, leaf)))
     received = _values(lax.all_to_all(message, axes, 0, 0, tiled=True))
     add = _add_in_f32 if accumulate == "f32" else _add_in_fp8
-    values, scales, at_max = _gather(*add(received, scale, sizes), axes)
+    values, scales, at_max = _gather(*add(received, scale, leaf), axes)
+    values = values * scales[:, leaf, None]
 
-    sums = [
-        (slices * scales[:, i, None]).reshape(-1)[: x.size].reshape(x.shape)
-        for i, (x, slices) in enumerate(zip(leaves, _split(values, sizes), strict=True))
-    ]
+    split = jnp.split(values, np.cumsum(blocks)[:-1], axis=1)
+    sums = [y.reshape(-1)[: x.size].reshape(x.shape) for x, y in zip(leaves, split, strict=True)]
     counted = [max(x.size, 1) * (devices if accumulate == "f32" else 1) for x in leaves]
     saturated = at_max.sum(axis=0) / np.array(counted, np.float32)
     mu = jnp.where(usable(amax), next_mu(state["mu"], saturated), state["mu"])
@@ -154,31 +159,28 @@ def _check(leaves: list[jax.Array], state: ReductionState, accumulate: str) -> N
         )
 
 
-def _largest_amax(leaves: list[jax.Array], axes: tuple[str, ...]) -> jax.Array:
-    """f32[leaves] over all devices: Inf where any value is Inf or NaN (a maximum may lose NaN)."""
-    amax = jnp.stack([compute_amax(x) for x in leaves])
-    return lax.pmax(jnp.where(jnp.isfinite(amax), amax, jnp.inf), axes)
-
-
-def _rows(x: jax.Array, size: int, devices: int) -> jax.Array:
-    """A leaf as f32[devices, size], padded with zeros."""
+def _rows(x: jax.Array, blocks: int, devices: int) -> jax.Array:
+    """A leaf as f32[devices, blocks, BLOCK], padded with zeros."""
     flat = x.astype(jnp.float32).reshape(-1)
-    return jnp.pad(flat, (0, devices * size - flat.size)).reshape(devices, size)
+    flat = jnp.pad(flat, (0, devices * blocks * BLOCK - flat.size))
+    return flat.reshape(devices, blocks, BLOCK)
 
 
-def _split(x: jax.Array, sizes: np.ndarray) -> list[jax.Array]:
-    """The leaves along the last axis."""
-    return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
+def _amax(x: jax.Array, leaf: np.ndarray) -> jax.Array:
+    """f32[leaves] of f32[..., blocks, BLOCK]: Inf for NaN too, which `pmax` may lose."""
+    bits = magnitude_bits(x).reshape(-1, leaf.size, BLOCK).max(axis=(0, 2))
+    amax = lax.bitcast_convert_type(_per_leaf(jax.ops.segment_max, bits, leaf), jnp.float32)
+    return jnp.where(jnp.isfinite(amax), amax, jnp.inf)
 
 
-def _columns(scale: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """f32[leaves] as f32[slices]. Not `jnp.repeat`: XLA folds that into a constant of this size."""
-    return jnp.concatenate([jnp.full(n, s) for n, s in zip(sizes, scale, strict=True)])
+def _scale(amax: jax.Array) -> jax.Array:
+    """NaN for an amax that is not finite: the cast would saturate what must not look finite."""
+    return jnp.where(jnp.isfinite(amax), scale_from_amax(amax, E4M3FN), jnp.nan)
 
 
-def _quantize(x: jax.Array, scale: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """FP8 codes of f32[..., slices] with a scale per leaf, in one pass over all leaves."""
-    return cast(x * _columns(reciprocal(scale), sizes), E4M3FN)
+def _quantize(x: jax.Array, scale: jax.Array, leaf: np.ndarray) -> jax.Array:
+    """FP8 codes of f32[..., blocks, BLOCK] with a scale per leaf."""
+    return cast(x * reciprocal(scale)[leaf, None], E4M3FN)
 
 
 def _bytes(x: jax.Array) -> jax.Array:
@@ -193,25 +195,28 @@ def _is_max(values: jax.Array) -> jax.Array:
     return (jnp.abs(values) == E4M3FN.max).astype(jnp.float32)
 
 
-def _count(flags: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """Sum of the flags f32[slices] of each leaf, f32[leaves]."""
-    return jnp.stack([x.sum() for x in _split(flags, sizes)])
+def _count(flags: jax.Array, leaf: np.ndarray) -> jax.Array:
+    """Sum of the flags f32[blocks, BLOCK] of each leaf, f32[leaves]."""
+    return _per_leaf(jax.ops.segment_sum, flags.sum(axis=1), leaf)
 
 
-def _add_in_f32(values: jax.Array, scale: jax.Array, sizes: np.ndarray) -> Slices:
-    """Sums values of codes f32[devices, slices]; the scales are new, from the sums.
+def _per_leaf(combine: Callable, x: jax.Array, leaf: np.ndarray) -> jax.Array:
+    """Combines [blocks] to [leaves]."""
+    return combine(x, leaf, num_segments=int(leaf[-1]) + 1, indices_are_sorted=True)
+
+
+def _add_in_f32(values: jax.Array, scale: jax.Array, leaf: np.ndarray) -> Slices:
+    """Sums values of codes f32[devices, blocks, BLOCK]; the scales are new, from the sums.
 
     Values of codes are multiples of 2**-9 up to 448: their sum is exact for up to 64 devices.
     """
-    total = values.sum(axis=0) * _columns(scale, sizes)
+    total = values.sum(axis=0) * scale[leaf, None]
     total, at_max = lax.optimization_barrier((total, _is_max(values).sum(axis=0)))
-    amax = jnp.stack([compute_amax(x) for x in _split(total, sizes)])
-    # A sum that overflows f32 must not be saturated by the cast and look finite.
-    new = jnp.where(jnp.isfinite(amax), scale_from_amax(amax, E4M3FN), jnp.nan)
-    return _bytes(_quantize(total, new, sizes)), new, _count(at_max, sizes)
+    new = _scale(_amax(total, leaf))
+    return _bytes(_quantize(total, new, leaf)), new, _count(at_max, leaf)
 
 
-def _add_in_fp8(values: jax.Array, scale: jax.Array, sizes: np.ndarray) -> Slices:
+def _add_in_fp8(values: jax.Array, scale: jax.Array, leaf: np.ndarray) -> Slices:
     """As `_add_in_f32`, rounding after every addition; counts sums that ever were at the maximum.
 
     What the FP8 reduce-scatter of a ring computes, except that a ring starts every slice at another
@@ -224,18 +229,18 @@ def _add_in_fp8(values: jax.Array, scale: jax.Array, sizes: np.ndarray) -> Slice
         return (total, jnp.maximum(at_max, _is_max(total))), None
 
     (total, at_max), _ = lax.scan(add, (values[0], _is_max(values[0])), values[1:])
-    return _bytes(cast(total, E4M3FN)), scale, _count(at_max, sizes)
+    return _bytes(cast(total, E4M3FN)), scale, _count(at_max, leaf)
 
 
 def _gather(codes: jax.Array, scales: jax.Array, at_max: jax.Array, axes) -> Slices:
-    """Gives the slices of all devices to all: values f32[devices, slices], rest [devices, leaves].
+    """Gives the slices of all devices to all: [devices, blocks, BLOCK], the rest [devices, leaves].
 
     One u8 message: the f32 numbers travel as their bytes behind the codes.
     """
     numbers = jnp.stack([scales, at_max])
-    message = jnp.concatenate([codes, _bytes(numbers).reshape(-1)])
+    message = jnp.concatenate([codes.reshape(-1), _bytes(numbers).reshape(-1)])
     message = lax.optimization_barrier(message)
     gathered = lax.optimization_barrier(lax.all_gather(message, axes, to="invarying"))
-    codes, tail = jnp.split(gathered, [codes.size], axis=1)
+    head, tail = jnp.split(gathered, [codes.size], axis=1)
     numbers = lax.bitcast_convert_type(tail.reshape(-1, *numbers.shape, 4), jnp.float32)
-    return _values(codes), numbers[:, 0], numbers[:, 1]
+    return _values(head.reshape(-1, *codes.shape)), numbers[:, 0], numbers[:, 1]

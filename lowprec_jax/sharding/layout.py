@@ -120,21 +120,29 @@ class Layout:
 
     def init(self, init: Callable[..., Tree], *args: Any) -> Tree:
         """Runs an initialiser so that each device makes its own part: nothing exists whole."""
-        shardings = self.shardings(jax.eval_shape(init, *args))
-        # Made with automatic axes (initialisers know no shardings), then only typed otherwise.
+        state = self.initializer(init, *args)(*args)
+        if self.strategy != "explicit":
+            return state
+        return jax.device_put(state, self.shardings(state))
+
+    def initializer(self, init: Callable[..., Tree], *args: Any) -> Any:
+        """`init`, jitted for its results to be split as `shardings` says.
+
+        On automatic axes always: initialisers know no shardings.
+        """
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         automatic = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
+        shardings = self.shardings(jax.eval_shape(init, *args))
         made = jax.tree.map(lambda s: NamedSharding(automatic, s.spec), shardings)
-        state = jax.jit(init, out_shardings=made)(*args)
-        return jax.device_put(state, shardings) if self.strategy == "explicit" else state
+        return jax.jit(init, out_shardings=made)
 
-    def put_batch(self, batch: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+    def put_batch(self, batch: Sequence[np.ndarray]) -> tuple[Any, ...]:
         """Puts a global batch that every host has on the mesh, split along its first axis."""
         return self.load_batch(lambda rows: tuple(x[rows] for x in batch), len(batch[0]))
 
     def load_batch(
         self, load: Callable[[slice], tuple[np.ndarray, ...]], size: int
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, ...]:
         """Makes a global batch from what each host loads of it.
 
         Args:
@@ -144,7 +152,7 @@ class Layout:
         """
         sharding = NamedSharding(self.mesh, P(BATCH_AXES))
         indices = sharding.addressable_devices_indices_map((size,)).items()
-        rows = {device: index[0].indices(size)[:2] for device, index in indices}
+        rows = {device: index[0].indices(size)[:2] for device, index in indices if index}
         loaded = {ends: load(slice(*ends)) for ends in dict.fromkeys(rows.values())}
 
         def assemble(parts: dict[tuple[int, int], np.ndarray]) -> jax.Array:

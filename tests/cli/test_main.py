@@ -84,6 +84,20 @@ def test_main__help_in_a_subprocess__is_quick_and_starts_no_jax(words):
     assert seconds < 10  # 0.4 s alone; JAX by itself takes 1 to 3 s, twice that when shared
 
 
+def test_main__collectives__shows_the_step_on_emulated_devices(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    sizes = ["--model.num_layers", "1", "--model.width", "16", "--model.context", "8"]
+    words = ["collectives", "--config", "smoke", "--mesh.data", "2", *sizes]
+    done = run("-m", "lowprec_jax", *words)
+    assert done.returncode == 0, done.stderr
+    title, compiled, written = done.stdout.split("\n\n")
+    assert title.startswith("smoke: one training step, recipe fp8_delayed, data 2 x fsdp 1")
+    # The token count; gradients, loss and counts; the amaxes.
+    assert "all-reduce  f32           3" in compiled
+    assert "all-reduce  f32          12" in written
+
+
 def test_main__help__shows_options_values_and_configs(capsys):
     assert main(["train", "--smoke", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

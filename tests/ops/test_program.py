@@ -57,3 +57,33 @@ def test_count_gemms__one_operand_upcast__is_not_fp8():
         return x.astype(jnp.float8_e4m3fn).astype(jnp.float32) @ w
 
     assert count_gemms(lowered(mixed, X, W)) == GemmCount(0, 0, 1)
+
+
+def grouped(x, w, recipe="fp8_current"):
+    return ops.ragged_dot(x, w, jnp.array([5, 6, 4], jnp.int32), recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"), [("cpu", GemmCount(0, 3, 0)), ("cuda", GemmCount(3, 0, 0))]
+)
+def test_count_gemms__gradient_of_a_grouped_matmul__three(platform, expected):
+    gradient = jax.grad(lambda x, w: (grouped(x, w) ** 2).sum(), (0, 1))
+    program = lowered(gradient, X, jnp.ones((3, 32, 32)), platform=platform)
+    assert count_gemms(program) == expected
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_count_gemms__grouped_matmul_in_high_precision__is_other(platform):
+    program = lowered(
+        lambda x, w: grouped(x, w, "none"), X, jnp.ones((3, 32, 32)), platform=platform
+    )
+    assert count_gemms(program) == GemmCount(0, 0, 1)
+
+
+@pytest.mark.parametrize(("fill", "expected"), [(0.0, (0, 1, 0)), (0.3, (0, 0, 1))])
+def test_count_gemms__masked_codes__are_fp8_if_the_mask_puts_zeros(fill, expected):
+    def masked(x, w):
+        left, right = (a.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16) for a in (x, w))
+        return jax.lax.select(x > 0.5, left, jnp.full_like(left, fill)) @ right
+
+    assert count_gemms(lowered(masked, X, W)) == GemmCount(*expected)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from transforms.pairwise import cover
 
 from lowprec_jax import sharding
 from lowprec_jax.nnx import quantize
@@ -23,7 +24,6 @@ from lowprec_jax.state import sites
 from lowprec_jax.training.mesh_config import MeshConfig
 from lowprec_jax.training.network import lay_out
 from lowprec_jax.training.step import TrainState, build_calibration, build_gradients
-from transforms.pairwise import cover
 
 WIDTH, HIDDEN, BATCH, STEPS = 16, 32, 32, 3
 RULES = (
