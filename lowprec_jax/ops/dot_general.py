@@ -201,7 +201,7 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
     """The product, what the backward pass keeps, and the first two rows of the observation."""
     recipe, dims = call.recipe, call.dims
     if amax is None:
-        amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe)
+        amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
     left = forms_of(lhs, Role.LHS, amax, recipe)
     right = forms_of(rhs, Role.RHS, amax, recipe)
     if codes is not None:

@@ -42,20 +42,30 @@ def forms_of(x: jax.Array, role: Role, amax: Amax, recipe: Recipe) -> Forms:
     return forms
 
 
-def current_amax(operands: Mapping[Role, jax.Array], recipe: Recipe) -> Amax:
+def current_amax(
+    operands: Mapping[Role, jax.Array], recipe: Recipe, sharded: Gather | None = None
+) -> Amax:
     """The amax of operands as they are: current scaling.
 
     On devices that hold parts of an operand (inside `jax.shard_map` and `jax.pmap`) it is that of
     the whole, by one `pmax` for all operands, unless the recipe asks for ``amax_scope="local"``.
+    The shards of a kernel have one scale in any case: their codes are multiplied together.
+
+    Args:
+      operands: the operands, by role.
+      recipe: the recipe.
+      sharded: how the kernel is sharded.
     """
-    roles = [role for role in operands if recipe.format_of(role)]
-    if not roles:
-        return {}
-    amax = jnp.stack([compute_amax(operands[role]) for role in roles])
+    amax = {
+        role: compute_amax(x) for role, x in operands.items() if recipe.format_of(role) is not None
+    }
     axes = compat.reduction_axes(operands.values(), ())
-    if axes and recipe.amax_scope == "global":
-        amax = lax.pmax(amax, axes)
-    return {role: amax[i] for i, role in enumerate(roles)}
+    if axes and amax and recipe.amax_scope == "global":
+        reduced = lax.pmax(jnp.stack(list(amax.values())), axes)
+        return {role: reduced[i] for i, role in enumerate(amax)}
+    if sharded is not None and sharded.is_manual and Role.RHS in amax:
+        amax[Role.RHS] = lax.pmax(amax[Role.RHS], sharded.axes)
+    return amax
 
 
 def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
