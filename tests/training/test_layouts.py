@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from lowprec_jax.ops import count_gemms
+from lowprec_jax.optim import read_masters
 from lowprec_jax.training.optimizer import build_optimizer
 from lowprec_jax.training.step import TrainState, build_gradients, build_step
 from training.helpers import (
+    assert_same_bits,
     assert_same_scaling,
     batch_of,
     by_path,
@@ -214,6 +216,24 @@ def test_zero1__masters_and_moments__are_split_and_parameters_are_not():
     assert len(moments) >= 2
     for moment in moments:
         assert moment.addressable_shards[0].data.size == moment.size // 8
+
+
+@pytest.mark.parametrize("mesh", ["zero1", "explicit"])
+def test_layout__bfloat16_params__are_the_rounded_masters_and_masters_are_split(mesh):
+    config = tiny_config(
+        recipe="none", batch_size=16, mesh=MESHES[mesh], model={"param_dtype": "bfloat16"}
+    )
+    state, batch = start(config), put_batch(config, 1)
+    step = compiled(step_of(config, state), state, batch)
+    for _ in range(2):
+        state, metrics = jax.block_until_ready(step(state, batch))
+    assert int(metrics.skipped) == 0
+    masters = read_masters(state.opt_state, state.params)
+    rounded = jax.tree.map(lambda m, p: m.astype(p.dtype), masters, state.params)
+    assert_same_bits(state.params, rounded)
+    kernel = masters["blocks"]["mlp"]["down"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    assert kernel.addressable_shards[0].data.size == kernel.size // (8 if mesh == "zero1" else 4)
 
 
 @pytest.mark.parametrize("mesh", ["pmap", "fsdp", "sequence", "jit", "explicit"])
