@@ -32,6 +32,7 @@ def value_and_grad(loss: Callable, has_aux: bool = False, *, advance: bool = Tru
       ``f(variables, *args) -> (value, grads)``. `grads` has the structure of `variables`: gradients
       of the parameters, and the *next* scaling state in place of the gradient of its collection.
       Stock ``TrainState.apply_gradients(grads=grads)`` stores it; it never enters the optimizer.
+      Take norms and clip ``grads["params"]`` only: the rest is state, not gradients.
 
     Raises:
       UserError: (from ``f``) `variables` holds another collection, which `TrainState` would drop.
