@@ -188,8 +188,8 @@ class Linen:
 
     def lax_scan(self, net, x):
         block = LinenBlock(self.recipe)
-        one = jax.tree.map(lambda x: x, {k: v["blocks"] for k, v in net.items()})
-        return lax.scan(lambda x, one: block.apply(one, x, None), x, one)[0]
+        stacked = {k: v["blocks"] for k, v in net.items() if v}  # no state without a stateful recipe
+        return lax.scan(lambda x, one: block.apply(one, x, None), x, stacked)[0]
 
     def experts(self, net, x):
         stack = LinenStack(self.recipe, 1, nn.vmap, LinenBlock)
