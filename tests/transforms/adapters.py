@@ -188,7 +188,7 @@ class Linen:
 
     def lax_scan(self, net, x):
         block = LinenBlock(self.recipe)
-        stacked = {k: v["blocks"] for k, v in net.items() if v}  # no state without a stateful recipe
+        stacked = {k: v["blocks"] for k, v in net.items() if v}  # no state: none
         return lax.scan(lambda x, one: block.apply(one, x, None), x, stacked)[0]
 
     def experts(self, net, x):
