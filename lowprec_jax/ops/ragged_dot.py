@@ -70,6 +70,9 @@ def ragged_dot(
         a sink; a state without the group axis; an unknown backend.
       TypeError: operands that are no floats, sizes that are no integers, a sink that is an array.
 
+    Current scaling takes the amaxes of the rows and matrices that are on the device: over which
+    mesh axes an expert is one and the same is not known here.
+
     Differs from: `jax.lax.ragged_dot`, which does not say what rows beyond the sum give.
     """
     recipe = get_recipe(recipe)

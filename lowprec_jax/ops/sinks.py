@@ -35,8 +35,8 @@ class Probe:
     `lowprec_jax.state.make_probes` makes them and `collect_probes` checks that.
 
     Attributes:
-      value: f32[3, 5].
-      uses: f32 [], whose gradient is how often the probe was used; None: not counted.
+      value: f32[3, 5]; f32[G, 3, 5] for a grouped matmul.
+      uses: f32 [] or [G], whose gradient is how often the probe was used; None: not counted.
     """
 
     value: jax.Array
@@ -97,7 +97,9 @@ def _gradient_of(probe: Probe, seen: jax.Array) -> Probe:
             "whose amaxes would be added up. Give every device its own: lowprec_jax.state."
             f"make_probes(tree, copies=devices) with in_specs=P({_names(unknown)})."
         )
-    uses = None if probe.uses is None else compat.to_varying(jnp.float32(1), axes)
+    uses = probe.uses
+    if uses is not None:
+        uses = compat.to_varying(jnp.ones(uses.shape, jnp.float32), axes)
     return Probe(compat.to_varying(seen, axes), uses)
 
 

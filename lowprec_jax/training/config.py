@@ -6,7 +6,6 @@ their registry. Public names: `TrainConfig` and its sections `ModelConfig`, `Dat
 """
 
 import dataclasses
-import math
 import re
 from typing import Literal
 
@@ -19,6 +18,7 @@ from lowprec_jax.training.config_checks import (
     require_positive,
 )
 from lowprec_jax.training.mesh_config import MeshConfig
+from lowprec_jax.training.optim_config import OptimConfig
 from lowprec_jax.training.process_settings import DistributedConfig
 
 __all__ = [
@@ -176,41 +176,6 @@ class PrecisionConfig:
         require(self.recipe != "", "recipe is empty; give the name of a recipe.")
         require_at_least("history_length", self.history_length, 1)
         require_at_least("margin", self.margin, 0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with a linear warmup and a cosine decay."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    warmup_steps: int = 100
-    """Steps of the linear warmup from zero."""
-    final_fraction: float = 0.1
-    """The cosine ends at this fraction of the peak."""
-    b1: float = 0.9
-    """Decay of the gradient average."""
-    b2: float = 0.99
-    """Decay of the squared gradient average."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay."""
-    clip_norm: float = 1.0
-    """Largest global norm of a gradient."""
-    accumulate: int = 1
-    """Micro-batches of a step; their gradients are averaged."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_norm"):
-            require_positive(name, getattr(self, name))
-        require_at_least("warmup_steps", self.warmup_steps, 0)
-        require_at_least("accumulate", self.accumulate, 1)
-        require_between("final_fraction", self.final_fraction, 0, 1, closed_high=True)
-        for name in ("b1", "b2"):
-            require_between(name, getattr(self, name), 0, 1)
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"weight_decay is {self.weight_decay}; allowed: 0 or a positive number.",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -321,7 +321,9 @@ def test_ragged_dot__probe__its_gradient_is_the_observation():
         live = {**site, "sink": probe}
         return (ops.ragged_dot(lhs, rhs, sizes, recipe=FP8_DELAYED, state=live) * grad).sum()
 
-    seen = jax.jit(jax.grad(loss))(ops.Probe(jnp.zeros((4, 3, 5)))).value
+    probe = ops.Probe(jnp.zeros((4, 3, 5)), jnp.zeros(4))
+    seen, uses = jax.tree.leaves(jax.jit(jax.grad(loss))(probe))
+    _same(uses, jnp.ones(4))
     _, after = _step(FP8_DELAYED)((lhs, rhs), site, sizes, grad)
     _same(seen, after["pending"])
     assert not np.signbit(seen).any()

@@ -102,6 +102,9 @@ def test_train_config__warmup_not_below_steps__is_an_error(steps):
         (PrecisionConfig, {"recipe": ""}, "recipe is empty"),
         (PrecisionConfig, {"history_length": 0}, "history_length is 0"),
         (PrecisionConfig, {"margin": -1}, "margin is -1"),
+        (OptimConfig, {"optimizer": "adam"}, "optimizer is 'adam'; use one of 'adamw', 'lion'"),
+        (OptimConfig, {"schedule": "wds"}, "schedule is 'wds'; use one of 'cosine'"),
+        (OptimConfig, {"decay_fraction": 0.0}, "decay_fraction is 0.0; allowed: more than 0"),
         (OptimConfig, {"learning_rate": 0.0}, "learning_rate is 0.0"),
         (OptimConfig, {"learning_rate": math.inf}, "learning_rate is inf"),
         (OptimConfig, {"clip_norm": 0.0}, "clip_norm is 0.0"),
@@ -112,6 +115,11 @@ def test_train_config__warmup_not_below_steps__is_an_error(steps):
         (OptimConfig, {"b2": math.nan}, "b2 is nan"),
         (OptimConfig, {"weight_decay": -0.1}, "weight_decay is -0.1"),
         (MeshConfig, {"data": 0}, "data is 0"),
+        (MeshConfig, {"strategy": "gspmd"}, "strategy is 'gspmd'; use one of 'shard_map'"),
+        (MeshConfig, {"strategy": "pmap", "fsdp": 2}, '"pmap" is data parallel only'),
+        (MeshConfig, {"strategy": "jit", "reduce": "bfloat16"}, 'needs strategy "shard_map"'),
+        (MeshConfig, {"reduce": "fp8", "zero1": True}, 'reduce "fp8" needs'),
+        (MeshConfig, {"sequence": True}, "set tensor to more than 1"),
     ],
 )
 def test_configs__bad_value__is_named_with_what_is_allowed(cls, values, message):
