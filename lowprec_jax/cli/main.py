@@ -29,8 +29,9 @@ class _Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit code.
 
-    0: done, 2: bad input (one paragraph on stderr says what and what to do). Any other error
-    is ours and keeps its traceback.
+    0: done, 2: bad input (one paragraph on stderr says what and what to do), 3: another process of
+    the run was lost, 4: stopped by a signal, to be resumed. Any other error is ours and keeps its
+    traceback.
 
     Args:
       argv: words after the program's name; None: those of this process.
@@ -51,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lowprec_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except SystemExit as exit_:
-        if exit_.code not in (None, 0):
+        if not isinstance(exit_.code, int | None):
             raise
-        return 0  # --help of a subcommand
+        return exit_.code or 0  # None or 0: --help of a subcommand
     return 0
 
 
@@ -73,8 +74,10 @@ def _train(words: list[str]) -> None:
     prepare_environment(config)
 
     from lowprec_jax.training.loop import train
+    from lowprec_jax.training.signals import EXIT_STOPPED
 
-    train(config)
+    if "stopped_by" in train(config):
+        raise SystemExit(EXIT_STOPPED)
 
 
 def _plan(words: list[str]) -> None:

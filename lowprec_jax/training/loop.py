@@ -24,6 +24,7 @@ from lowprec_jax.training.network import Network, build_network, operand_names
 from lowprec_jax.training.optimizer import build_optimizer
 from lowprec_jax.training.processes import Processes, start_processes
 from lowprec_jax.training.run_directory import RunDirectory, environment
+from lowprec_jax.training.signals import StopRequest
 from lowprec_jax.training.step import (
     TrainState,
     build_calibration,
@@ -39,7 +40,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
       config: the run.
 
     Returns:
-      The summary that is also written to ``summary.json``.
+      The summary that is also written to ``summary.json``; after a SIGTERM or Ctrl-C, which end
+      the run with a checkpoint, ``{"steps": ..., "stopped_by": ...}``.
 
     Raises:
       UserError: bad input; nothing of an earlier run is touched.
@@ -72,8 +74,11 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     if config.sample_tokens:
         tokenizer.encode(config.sample_prompt)  # a prompt it cannot encode is bad input now
     run = RunDirectory(config.run_path, resume=config.resume, writes=processes.is_first)
-    with Checkpoints(run.checkpoints, config.keep_checkpoints) as checkpoints:
-        loop = _Loop(config, console, network, batches, run, checkpoints)
+    with (
+        StopRequest() as stop,
+        Checkpoints(run.checkpoints, config.keep_checkpoints) as checkpoints,
+    ):
+        loop = _Loop(config, console, network, batches, run, checkpoints, stop)
         loop.evaluate = build_evaluation(network, windows, config.batch_size)
         state = loop.prepare()
         # Only now: what may still be refused leaves the files of an earlier run as they are.
@@ -83,6 +88,9 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
         if processes.is_first:
             data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
         state, summary = loop.run(state)
+    if "stopped_by" in summary:
+        console.print(_stopped(summary, run), soft_wrap=True)
+        return summary
     trained = network.layout.on_one_device((state.params, state.scaling))
     if processes.is_first:
         _finish(config, console, run, summary, _sample(config, network, trained, tokenizer))
@@ -102,10 +110,11 @@ class _Loop:
         batches: data.Batches,
         run: RunDirectory,
         checkpoints: Checkpoints,
+        stop: StopRequest,
     ):
         self.config, self.console = config, console
         self.network, self.batches = network, batches
-        self.run_directory, self.checkpoints = run, checkpoints
+        self.run_directory, self.checkpoints, self.stop = run, checkpoints, stop
         self.tx = build_optimizer(config)
         # Emulated devices deadlock at random if the steps of several devices pile up.
         self.waits_each_step = config.mesh.size > 1 and jax.devices()[0].platform == "cpu"
@@ -126,9 +135,14 @@ class _Loop:
         return state
 
     def run(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Runs the remaining steps; returns the final state and the summary."""
+        """Runs the remaining steps; returns the final state and the summary.
+
+        A signal ends it after the step in progress, with a checkpoint and a summary that says so.
+        """
         config, directory = self.config, self.run_directory
         first = int(state.step)
+        if self.stop.agreed(0):
+            return state, self._stop(state, first)
         if config.resume and directory.writes:
             directory.drop_metrics_after(first)
             self.validation_losses = directory.validation_losses()
@@ -155,6 +169,9 @@ class _Loop:
                     self.checkpoints.save(state)
                 if evaluates or saves:
                     reader.restart_clock()
+                if not at_end and self.stop.agreed(step):
+                    reader.finish()
+                    return state, self._stop(state, step)
         return state, self._summary(reader)
 
     def _initial_state(self) -> TrainState:
@@ -175,6 +192,11 @@ class _Loop:
         self.validation_losses.append(loss)
         log.write({"step": step, "validation_loss": loss})
         line.validation(loss)
+
+    def _stop(self, state: TrainState, step: int) -> dict[str, Any]:
+        if step > 0:
+            self.checkpoints.save(state)
+        return {"steps": step, "stopped_by": self.stop.name}
 
     def _summary(self, reader: StepReader) -> dict[str, Any]:
         typical = float(np.median(reader.seconds))
@@ -225,6 +247,16 @@ def _require_fp8(config: TrainConfig, gemms: GemmCount) -> None:
             f"Recipe {asked[0]!r} was asked for, but none of the {gemms.total} matmuls of the "
             "lowered step multiplies FP8 values. Check precision.rules."
         )
+
+
+def _stopped(summary: dict[str, Any], run: RunDirectory) -> str:
+    """What to tell somebody whose run a signal has ended."""
+    if not summary["steps"]:
+        return f"Stopped by {summary['stopped_by']} before the first step; nothing was trained."
+    return (
+        f"Stopped by {summary['stopped_by']} after step {summary['steps']}; its checkpoint is in "
+        f"{run.checkpoints}. --resume True goes on."
+    )
 
 
 def _due(step: int, every: int) -> bool:

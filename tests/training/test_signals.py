@@ -1,0 +1,103 @@
+"""A signal ends a run after the step in progress; what it leaves goes on as if never stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+
+import pytest
+
+from lowprec_jax.cli import main as cli
+from lowprec_jax.training import loop
+from lowprec_jax.training.metrics import StepReader
+from lowprec_jax.training.signals import EXIT_STOPPED, StopRequest
+
+
+def records(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    timed = ("seconds", "tokens_per_second")
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k not in timed} for record in found]
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Sends this process a signal while a step is handed to the metrics."""
+
+    def install(number, step):
+        plain = StepReader.next
+
+        def next_(self, at, metrics):
+            if at == step:
+                os.kill(os.getpid(), number)
+            plain(self, at, metrics)
+
+        monkeypatch.setattr(StepReader, "next", next_)
+
+    return install
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal__in_a_step__saves_and_the_resumed_run_is_the_straight_one(
+    number, run_config, tmp_path, signal_at, monkeypatch
+):
+    config = run_config(tmp_path / "run", plots=False, sample_tokens=0)
+    signal_at(number, 3)
+    before = signal.getsignal(number)
+    assert loop.train(config) == {"steps": 3, "stopped_by": number.name}
+    assert signal.getsignal(number) == before
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "3" in names
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [1, 2, 3]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+    monkeypatch.undo()
+    resumed = loop.train(dataclasses.replace(config, resume=True))
+    straight = loop.train(dataclasses.replace(config, run_dir=str(tmp_path / "straight")))
+    assert resumed["validation_loss"] == straight["validation_loss"]
+    assert records(tmp_path / "run") == records(tmp_path / "straight")
+
+
+def test_signal__before_the_first_step__leaves_a_directory_that_can_be_started_in(
+    run_config, tmp_path, monkeypatch, capsys
+):
+    config = run_config(tmp_path / "run", plots=False, sample_tokens=0, steps=3)
+    compile_ = loop._Loop._compile
+
+    def interrupted(self, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compile_(self, state)
+
+    monkeypatch.setattr(loop._Loop, "_compile", interrupted)
+    assert loop.train(config) == {"steps": 0, "stopped_by": "SIGTERM"}
+    assert "nothing was trained" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert loop.train(config)["steps"] == 3
+
+
+def test_main__run_that_a_signal_stopped__has_an_exit_code_of_its_own(monkeypatch):
+    stopped = {"steps": 3, "stopped_by": "SIGTERM"}
+    monkeypatch.setattr(loop, "train", lambda config: stopped)
+    assert cli.main(["train", "--smoke"]) == EXIT_STOPPED
+
+
+def test_stop_request__second_signal__acts_as_usual():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stop_request__outside_of_the_main_thread__never_asks_to_stop():
+    found = []
+
+    def run():
+        with StopRequest() as stop:
+            found.append(stop.agreed(1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [False]
