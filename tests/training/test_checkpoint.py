@@ -34,7 +34,7 @@ def without_times(found: list[dict]) -> list[dict]:
 def test_resume__final_state__is_that_of_the_straight_run_bit_for_bit(runs):
     expected, actual = stored(runs.straight, 8), stored(runs.resumed, 8)
     assert_same_bits(actual, expected)
-    assert expected.keys() == {"params", "scaling", "opt_state", "step"}
+    assert expected.keys() == {"params", "scaling", "opt_state", "reduction", "step"}
     assert bool(expected["scaling"]) == (runs.config.precision.recipe != "none")
 
 
