@@ -205,6 +205,18 @@ class Layout:
             self._reduce_leaf(grad, *spec, axes) for grad, spec in zip(grads, specs, strict=True)
         )
 
+    def automatic(self, f: Callable, like: Tree) -> Callable:
+        """`f` with all axes automatic, for code that does not know of explicit ones (optimizers).
+
+        Args:
+          f: a function of arrays; its results live where those of `like` do.
+          like: arrays of the structure of its results.
+        """
+        if self.strategy != "explicit":
+            return f
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+        return jax.sharding.auto_axes(f, out_sharding=specs)
+
     def place(self, params: Tree) -> Tree:
         """Updated parameters, back where parameters live: with ZeRO-1 this gathers them."""
         return jax.tree.map(self._constrained, params, self.specs)
@@ -263,11 +275,11 @@ class Layout:
         return (lax.psum(grad, rest) if rest else grad).astype(dtype)
 
     def _constrained(self, x: jax.Array, spec: P) -> jax.Array:
-        if self.mesh.size == 1:
+        if self.mesh.size == 1 or self.strategy == "pmap":
             return x
-        if self.strategy == "explicit":
+        if compat.explicit_shardings(x)[0] is not None:
             return jax.sharding.reshard(x, NamedSharding(self.mesh, only(spec, BATCH_AXES)))
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return lax.with_sharding_constraint(x, spec)
 
     def _named(self, specs: Tree) -> Tree:
         return _map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)

@@ -107,12 +107,16 @@ def build_step(
         grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def update():
+        def update(grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
             with jax.numpy_dtype_promotion("standard"):  # Optax's Adam fails under the strict one
-                updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            return layout.place(optax.apply_updates(state.params, updates)), opt_state
+                updates, opt_state = tx.update(grads, opt_state, params)
+            return layout.place(optax.apply_updates(params, updates)), opt_state
 
-        params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
+        kept = state.params, state.opt_state
+        update = layout.automatic(update, like=kept)
+        params, opt_state = jax.lax.cond(
+            finite, lambda: update(grads, state.opt_state, state.params), lambda: kept
+        )
         metrics = StepMetrics(
             loss, grad_norm, (~finite).astype(jnp.int32), scaling_of.summarize(scaling)
         )
