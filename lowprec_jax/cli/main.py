@@ -20,10 +20,13 @@ _TRAIN_OPTIONS = {
 
 
 class _Command(NamedTuple):
-    """A subcommand: its line in the help, and what runs it on the words after its name."""
+    """A subcommand: its line in the help, and what runs it on the words after its name.
+
+    It may return an exit code.
+    """
 
     summary: str
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,18 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"No subcommand {name!r}. Known: {', '.join(_COMMANDS)}."
                 f"{did_you_mean(name, _COMMANDS)}"
             )
-        _COMMANDS[name].run(rest)
+        return _COMMANDS[name].run(rest) or 0
     except UserError as error:
         print(f"lowprec_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except SystemExit as exit_:
-        if not isinstance(exit_.code, int | None):
+        if exit_.code not in (None, 0):
             raise
-        return exit_.code or 0  # None or 0: --help of a subcommand
-    return 0
+        return 0  # --help of a subcommand
 
 
-def _train(words: list[str]) -> None:
+def _train(words: list[str]) -> int:
     from lowprec_jax.cli.config_file import load_config, resolve_config_path
     from lowprec_jax.training.config import TrainConfig
 
@@ -76,8 +78,7 @@ def _train(words: list[str]) -> None:
     from lowprec_jax.training.loop import train
     from lowprec_jax.training.signals import EXIT_STOPPED
 
-    if "stopped_by" in train(config):
-        raise SystemExit(EXIT_STOPPED)
+    return EXIT_STOPPED if "stopped_by" in train(config) else 0
 
 
 def _plan(words: list[str]) -> None:
