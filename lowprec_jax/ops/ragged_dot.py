@@ -70,8 +70,7 @@ def ragged_dot(
         a sink; a state without the group axis; an unknown backend.
       TypeError: operands that are no floats, sizes that are no integers, a sink that is an array.
 
-    Current scaling takes the amaxes of the rows and matrices that are on the device: over which
-    mesh axes an expert is one and the same is not known here.
+    Current scaling takes the amaxes of what is on the device: rows of other devices do not count.
 
     Differs from: `jax.lax.ragged_dot`, which does not say what rows beyond the sum give.
     """

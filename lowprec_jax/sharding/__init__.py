@@ -1,7 +1,7 @@
 """Device meshes, sharding rules, and how a step is spread over devices."""
 
 from lowprec_jax.sharding.gradient_reduction import fp8_all_reduce, init_reduction
-from lowprec_jax.sharding.layout import Layout, Strategy, device_axes, local_copy, sum_over_devices
+from lowprec_jax.sharding.layout import Layout, Strategy
 from lowprec_jax.sharding.mesh import (
     BATCH_AXES,
     DATA_AXIS,
@@ -10,6 +10,7 @@ from lowprec_jax.sharding.mesh import (
     batch_size_of,
     make_mesh,
 )
+from lowprec_jax.sharding.region import device_axes, local_copy, sum_over_devices
 from lowprec_jax.sharding.rules import ShardingRule, dimension_over, partition_specs
 
 __all__ = [

@@ -26,6 +26,7 @@ from lowprec_jax.sharding.mesh import (
     TENSOR_AXIS,
     batch_size_of,
 )
+from lowprec_jax.sharding.region import device_axes
 from lowprec_jax.sharding.rules import (
     ShardingRule,
     dimension_over,
@@ -286,27 +287,6 @@ class Layout:
 
     def _manual(self, specs: Tree) -> Tree:
         return _map_specs(lambda spec: only(spec, BATCH_AXES), specs)
-
-
-def device_axes() -> tuple[str, ...]:
-    """The axes over which devices share a batch and sum by themselves; empty outside a region."""
-    manual = compat.manual_axes()
-    return tuple(axis for axis in BATCH_AXES if axis in manual)
-
-
-def local_copy(tree: Tree) -> Tree:
-    """Marks replicated values as local, so that their gradients stay local until they are summed.
-
-    Without it every layer would sum its own.
-    """
-    axes = device_axes()
-    return jax.tree.map(lambda x: compat.to_varying(x, axes), tree)
-
-
-def sum_over_devices(tree: Tree) -> Tree:
-    """Sums a tree over the devices that share a batch; XLA makes it one all-reduce."""
-    axes = device_axes()
-    return lax.psum(tree, axes) if axes else tree
 
 
 def _is_spec(x: Any) -> bool:
