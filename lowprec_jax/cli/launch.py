@@ -71,6 +71,8 @@ def launch(command: Sequence[str], *, processes: int, devices: int | None = None
 
     Each finds LOWPREC_COORDINATOR, LOWPREC_NUM_PROCESSES and LOWPREC_PROCESS_ID in its
     environment. The first failure ends all: SIGTERM, then SIGKILL. So do Ctrl-C and SIGTERM.
+    Output is taken by the line: a process that writes parts of lines to its pipe may find a line
+    of Gloo between them, and loses what shares that line.
 
     Args:
       command: program and arguments.
@@ -154,7 +156,6 @@ def _environment(address: str, processes: int, index: int, devices: int | None) 
     if devices is not None:
         environ["JAX_PLATFORMS"] = "cpu"
         emulate_devices(devices, environ)
-    environ["PYTHONUNBUFFERED"] = "1"
     environ["LOWPREC_COORDINATOR"] = address
     environ["LOWPREC_NUM_PROCESSES"] = str(processes)
     environ["LOWPREC_PROCESS_ID"] = str(index)

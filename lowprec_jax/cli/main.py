@@ -4,6 +4,7 @@ A subcommand is a row of `_COMMANDS`; it imports what it needs itself, so that t
 quick. Public name: `main`.
 """
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after the program's name; None: those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line as it is written
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0

@@ -55,7 +55,7 @@ class DotGeneral(nn.Module):
             precision,
             preferred_element_type,
             recipe=self.recipe,
-            state=_state_of(self),
+            state=state_of(self),
             **kwargs,
         )
 
@@ -94,7 +94,7 @@ class EinsumOp(nn.Module):
             precision=precision,
             preferred_element_type=preferred_element_type,
             recipe=self.recipe,
-            state=_state_of(self),
+            state=state_of(self),
             **kwargs,
         )
 
@@ -157,8 +157,13 @@ def dot_general(recipe: Recipe | str) -> StatelessDotGeneral:
     return StatelessDotGeneral(recipe)
 
 
-def _state_of(module: nn.Module) -> Mapping[str, Any] | None:
-    """The scaling state of a call site, created where the collection may be created."""
+def state_of(module: nn.Module, stack: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
+    """The scaling state of a call site, created where the collection may be created.
+
+    Args:
+      module: the call site, with a recipe.
+      stack: leading axes of the state, see `init_state`.
+    """
     recipe = get_recipe(module.recipe)  # pyright: ignore[reportAttributeAccessIssue]
     if not recipe.stateful:
         return None
@@ -167,13 +172,13 @@ def _state_of(module: nn.Module) -> Mapping[str, Any] | None:
         if not recipe.delayed and not module.is_initializing():
             return None  # observed only while there is a place for it
         raise _missing_state_error(module, recipe)
-    state = module.variable(OVERWRITE_WITH_GRADIENT, SCALING, init_state, recipe).value
+    state = module.variable(OVERWRITE_WITH_GRADIENT, SCALING, init_state, recipe, stack).value
     sink = state.get("sink")
     if sink is None or compat.is_ref(sink) or isinstance(sink, ops.IndexedSink | ops.Probe):
         return state
     # nn.scan first traces its body with arrays in the place of refs, only to find constants. If it
     # were the real call, the op would refuse to be differentiated without a sink.
-    return {**init_state(recipe), **{key: x for key, x in state.items() if key != "sink"}}
+    return {**init_state(recipe, stack), **{key: x for key, x in state.items() if key != "sink"}}
 
 
 def _missing_state_error(module: nn.Module, recipe: Recipe) -> UserError:

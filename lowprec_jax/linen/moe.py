@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from lowprec_jax import ops
-from lowprec_jax.linen.dot_general import OVERWRITE_WITH_GRADIENT, SCALING, _state_of
+from lowprec_jax.linen.dot_general import state_of
 from lowprec_jax.ops.moe import (
     DOWN_INIT,
     GATE_UP_INIT,
@@ -19,7 +19,7 @@ from lowprec_jax.ops.moe import (
     gated_mlp,
     mixture_of_experts,
 )
-from lowprec_jax.recipes import Recipe, get_recipe, init_state
+from lowprec_jax.recipes import Recipe
 
 
 class RaggedDot(nn.Module):
@@ -45,17 +45,12 @@ class RaggedDot(nn.Module):
         Raises:
           UserError: the variables given to `apply` have no scaling state for this layer.
         """
-        recipe = get_recipe(self.recipe)
-        known = self.has_variable(OVERWRITE_WITH_GRADIENT, SCALING)
-        if recipe.stateful and not known and self.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
-            empty = init_state(recipe, rhs.shape[:1])
-            self.put_variable(OVERWRITE_WITH_GRADIENT, SCALING, empty)
         return ops.ragged_dot(
             lhs,
             rhs,
             group_sizes,
-            recipe=recipe,
-            state=_state_of(self),
+            recipe=self.recipe,
+            state=state_of(self, rhs.shape[:1]),
             precision=precision,
             preferred_element_type=preferred_element_type,
         )

@@ -30,7 +30,8 @@ from lowprec_jax.ops.operands import (
     keep,
     observe,
 )
-from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe, history_amax
+from lowprec_jax.ops.site_state import read_state, require_sink
+from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe
 
 
 def dot_general(
@@ -97,7 +98,7 @@ def dot_general(
             f"dot_general: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
             f"{rhs.dtype}. Convert them first, or use recipe 'none'."
         )
-    sink, amax = _read_state(recipe, state)
+    sink, amax = read_state(recipe, state, "dot_general")
     if recipe.delayed and amax is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
@@ -145,23 +146,6 @@ class _Call:
     rhs: _Like
 
 
-def _read_state(recipe: Recipe, state: Mapping[str, Any] | None):
-    """The sink or None; the amax f32[3] that scales come from, None if they do not come from it."""
-    state = state or {}
-    sink = state.get("sink")
-    if sink is not None:
-        sinks.check_sink(sink)
-    if recipe.delayed and "amax_history" in state:
-        return sink, lax.stop_gradient(history_amax(dict(state)))
-    if recipe.delayed and sink is None:
-        raise ValueError(
-            f"Recipe {recipe.name!r} takes its scales from state, but the op got none. Pass "
-            "state=lowprec_jax.recipes.init_state(recipe), or the layer's state. 'fp8_current' "
-            "needs none."
-        )
-    return sink, None
-
-
 def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray | None:
     if quantized is None or recipe.fwd is None:
         return None
@@ -182,13 +166,7 @@ def _dot(call: _Call, lhs, rhs, amax, sink, codes):
 
 
 def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
-    if sink is None and call.recipe.delayed:
-        raise ValueError(
-            f"A layer with recipe {call.recipe.name!r} is differentiated without a sink: its "
-            "scales would never follow the data. Use value_and_grad of lowprec_jax.nnx, "
-            "lowprec_jax.linen or lowprec_jax.state instead of JAX's or Flax's, or make_sinks in a "
-            "loop of your own."
-        )
+    require_sink(call.recipe, sink)
     out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
     if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its

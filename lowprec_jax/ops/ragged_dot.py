@@ -23,7 +23,8 @@ from lowprec_jax.numerics import Format, ScaledArray, quantize
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.groups import Groups
 from lowprec_jax.ops.operands import Forms, Operand, as_codes, keep
-from lowprec_jax.recipes import Column, Recipe, Role, amax_only, get_recipe, history_amax
+from lowprec_jax.ops.site_state import read_state, require_sink
+from lowprec_jax.recipes import Column, Recipe, Role, amax_only, get_recipe
 
 # The operands of the three GEMMs: lhs [M, K], rhs [G, K, N], output_grad [M, N]; for wgrad, lhs is
 # kept as [K, M] (see `lowprec_jax.ops.dimensions`).
@@ -80,7 +81,7 @@ def ragged_dot(
     lhs, rhs, group_sizes = (compat.to_varying(x, axes) for x in (lhs, rhs, group_sizes))
     if not recipe.quantizes:
         return _high_precision(lhs, rhs, group_sizes, precision, preferred_element_type)
-    sink, amax = _read_state(recipe, state, groups=rhs.shape[0])
+    sink, amax = read_state(recipe, state, "ragged_dot", rhs.shape[:1])
     if recipe.delayed and amax is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     call = _Call(
@@ -143,29 +144,6 @@ def _check(lhs, rhs, group_sizes, recipe: Recipe, backend: str | None) -> None:
         )
 
 
-def _read_state(recipe: Recipe, state: Mapping[str, Any] | None, groups: int):
-    """The sink or None; the amax f32[G, 3] that scales come from, None if it is not from there."""
-    state = state or {}
-    sink = state.get("sink")
-    if sink is not None:
-        sinks.check_sink(sink)
-    if recipe.delayed and "amax_history" in state:
-        amax = lax.stop_gradient(history_amax(dict(state)))
-        if amax.shape != (groups, len(Role)):
-            raise ValueError(
-                f"ragged_dot: amax_history is {state['amax_history'].shape}, but there are "
-                f"{groups} groups; make the state with init_state(recipe, ({groups},))."
-            )
-        return sink, amax
-    if recipe.delayed and sink is None:
-        raise ValueError(
-            f"Recipe {recipe.name!r} takes its scales from state, but ragged_dot got none. Pass "
-            f"state=lowprec_jax.recipes.init_state(recipe, ({groups},)), or the layer's state. "
-            "'fp8_current' needs none."
-        )
-    return sink, None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(call: _Call, lhs, rhs, group_sizes, amax, sink):
     out, _, seen = _forward(call, lhs, rhs, group_sizes, amax, observing=sink is not None)
@@ -175,13 +153,7 @@ def _dot(call: _Call, lhs, rhs, group_sizes, amax, sink):
 
 
 def _fwd(call: _Call, lhs, rhs, group_sizes, amax, sink):
-    if sink is None and call.recipe.delayed:
-        raise ValueError(
-            f"ragged_dot with recipe {call.recipe.name!r} is differentiated without a sink: its "
-            "scales would never follow the data. Use value_and_grad of lowprec_jax.nnx, "
-            "lowprec_jax.linen or lowprec_jax.state instead of JAX's or Flax's, or make_sinks in a "
-            "loop of your own."
-        )
+    require_sink(call.recipe, sink)
     out, kept, seen = _forward(call, lhs, rhs, group_sizes, amax, observing=sink is not None)
     if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
         # Amaxes only, as in `dot_general`: this rule runs twice under remat.

@@ -91,9 +91,9 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     if "stopped_by" in summary:
         console.print(_stopped(summary, run), soft_wrap=True)
         return summary
-    trained = network.layout.on_one_device((state.params, state.scaling))
+    sample = _sample(config, network, state, tokenizer) if config.sample_tokens else ""
     if processes.is_first:
-        _finish(config, console, run, summary, _sample(config, network, trained, tokenizer))
+        _finish(config, console, run, summary, sample)
     return summary
 
 
@@ -263,13 +263,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _sample(config: TrainConfig, network: Network, trained: Any, tokenizer) -> str:
-    """Text that the trained model, parameters and scaling on one device, writes."""
-    if not config.sample_tokens:
-        return ""
-    model = network.merge(*trained)
+def _sample(config: TrainConfig, network: Network, state: TrainState, tokenizer) -> str:
+    """Text that the trained model, whole on one device, writes."""
+    trained = network.layout.on_one_device((state.params, state.scaling))
     prompt = tokenizer.encode(config.sample_prompt)
     key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
+    model = network.merge(*trained)
     ids = generate(model, prompt, config.sample_tokens, config.model.context, key)
     return tokenizer.decode(ids)
 

@@ -111,7 +111,7 @@ def lay_out(
 
     return Network(
         layout=layout,
-        init=jax.jit(lambda key: split(create_sharded(key))),
+        init=lambda key: split(create_sharded(key)),
         merge=merge,
         split=split,
         whole=functools.partial(_whole, gathers=others),

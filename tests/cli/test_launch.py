@@ -28,6 +28,7 @@ def child(tmp_path: Path, body: str) -> list[str]:
         "import os, signal, sys, time\nfrom pathlib import Path\n"
         "index = int(os.environ['LOWPREC_PROCESS_ID'])\n"
         "folder = Path(__file__).parent\n"
+        "sys.stdout.reconfigure(line_buffering=True)  # as lowprec_jax's own main\n"
     )
     script.write_text(head + textwrap.dedent(body), encoding="utf-8")
     return [sys.executable, str(script)]

@@ -1,0 +1,62 @@
+"""What an op reads from the scaling state of its call site, and when it refuses to go on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import lax
+
+from lowprec_jax.ops import sinks
+from lowprec_jax.recipes import Recipe, Role, history_amax
+
+
+def read_state(
+    recipe: Recipe, state: Mapping[str, Any] | None, op: str, stack: tuple[int, ...] = ()
+) -> tuple[sinks.Sink | None, jax.Array | None]:
+    """The sink or None; the amax f32[*stack, 3] that scales come from, None if not from state.
+
+    Args:
+      recipe: the recipe.
+      state: state of the call site.
+      op: name of the op, for errors.
+      stack: leading axes that the state of this op has.
+
+    Raises:
+      ValueError: delayed scaling without a state, or with one of another shape.
+      TypeError: see `check_sink`.
+    """
+    state = state or {}
+    sink = state.get("sink")
+    if sink is not None:
+        sinks.check_sink(sink)
+    axes = f", {stack}" if stack else ""
+    if recipe.delayed and "amax_history" in state:
+        amax = lax.stop_gradient(history_amax(dict(state)))
+        if amax.shape != (*stack, len(Role)):
+            raise ValueError(
+                f"{op}: amax_history is {state['amax_history'].shape}, but leading axes {stack} "
+                f"are needed; make the state with init_state(recipe{axes})."
+            )
+        return sink, amax
+    if recipe.delayed and sink is None:
+        raise ValueError(
+            f"{op}: recipe {recipe.name!r} takes its scales from state, but the op got none. Pass "
+            f"state=lowprec_jax.recipes.init_state(recipe{axes}), or the layer's state. "
+            "'fp8_current' needs none."
+        )
+    return sink, None
+
+
+def require_sink(recipe: Recipe, sink: sinks.Sink | None) -> None:
+    """Refuses to differentiate delayed scaling that nobody observes.
+
+    Raises:
+      ValueError: there is no sink.
+    """
+    if sink is None and recipe.delayed:
+        raise ValueError(
+            f"A layer with recipe {recipe.name!r} is differentiated without a sink: its scales "
+            "would never follow the data. Use value_and_grad of lowprec_jax.nnx, "
+            "lowprec_jax.linen or lowprec_jax.state instead of JAX's or Flax's, or make_sinks in a "
+            "loop of your own."
+        )
