@@ -1,181 +1,41 @@
 """The typed config of a training run: what each option is, its default, and its checks.
 
-Imports no JAX and no Flax, so that the help is quick. Names of recipes are checked later, by
-their registry. Public names: `TrainConfig` and its sections `ModelConfig`, `DataConfig`,
-`PrecisionConfig`, `RuleConfig`, `OptimConfig`, `MeshConfig`, `DistributedConfig`.
+Imports no JAX and no Flax, so that the help is quick. Public names: `TrainConfig` and its sections
+`ModelConfig`, `DataConfig`, `PrecisionConfig` with `RuleConfig` and `PhaseConfig`, `OptimConfig`,
+`MeshConfig`, `DistributedConfig`, `GuardConfig`, `HealthConfig`.
 """
 
 import dataclasses
+import math
 import re
-from typing import Literal
 
 from lowprec_jax.training.config_checks import (
-    divisors,
     multiples,
     require,
     require_at_least,
     require_between,
-    require_positive,
 )
+from lowprec_jax.training.data_config import DataConfig
+from lowprec_jax.training.guard_config import GuardConfig, HealthConfig
 from lowprec_jax.training.mesh_config import MeshConfig
+from lowprec_jax.training.model_config import ModelConfig
 from lowprec_jax.training.optim_config import OptimConfig
+from lowprec_jax.training.precision_config import PhaseConfig, PrecisionConfig, RuleConfig
 from lowprec_jax.training.process_settings import DistributedConfig
 
 __all__ = [
     "DataConfig",
     "DistributedConfig",
+    "GuardConfig",
+    "HealthConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "PhaseConfig",
     "PrecisionConfig",
     "RuleConfig",
     "TrainConfig",
 ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What the model is trained on."""
-
-    source: str = "stdlib"
-    """"stdlib" (the Python standard library's own source) or the path of a file or folder."""
-    tokenizer: Literal["byte", "char", "bpe"] = "byte"
-    """Bytes, the characters of the training text, or byte pairs trained on it."""
-    vocab_size: int = 1024
-    """Tokens of the bpe tokenizer; the others find their own size."""
-    validation_fraction: float = 0.1
-    """Part of the text that is never trained on."""
-
-    def __post_init__(self) -> None:
-        require(self.source != "", "source is empty; give 'stdlib' or a path.")
-        require(
-            self.tokenizer != "bpe" or self.vocab_size > 256,
-            f"vocab_size {self.vocab_size} is too small for bpe, which starts from 256 bytes. "
-            f"Use 257 or more.",
-        )
-        require_between("validation_fraction", self.validation_fraction, 0, 1, open_low=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only transformer."""
-
-    num_layers: int = 4
-    """Blocks of attention and MLP."""
-    num_heads: int = 4
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key and value heads, shared by groups of query heads; None: one for each query head."""
-    width: int = 128
-    """Width of the residual stream."""
-    mlp_width: int | None = None
-    """Hidden width of the MLP; None: 8/3 width rounded up to 32 (swiglu) or 4 width (gelu)."""
-    context: int = 64
-    """Tokens of a training window."""
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """Gated (swiglu) or plain (gelu) MLP."""
-    tied_head: bool = True
-    """The output layer shares the embedding's weights."""
-    scan_layers: bool = True
-    """One compiled block for all layers: compiles faster."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """Recompute in the backward pass: nothing, every block, or all but matrix products."""
-    rope_base: float = 10000.0
-    """Base of the rotary position frequencies."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations between the quantized products."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights that the optimizer updates."""
-    init_scale: float = 0.02
-    """Standard deviation of the initial weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "width", "context"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("num_kv_heads", "mlp_width"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        for name in ("rope_base", "init_scale"):
-            require_positive(name, getattr(self, name))
-        require(
-            self.width % self.num_heads == 0,
-            f"width {self.width} is not divisible by num_heads {self.num_heads}. "
-            f"Use {multiples(self.width, self.num_heads)}.",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            f"width {self.width} / num_heads {self.num_heads} = {self.head_dim} is odd; rotary "
-            f"positions need an even head size. Use width "
-            f"{multiples(self.width, 2 * self.num_heads)}.",
-        )
-        require(
-            self.num_heads % self.kv_heads == 0,
-            f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}. "
-            f"Use one of {', '.join(map(str, divisors(self.num_heads)))}.",
-        )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.width // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads, with None resolved."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def hidden_width(self) -> int:
-        """Hidden width of the MLP, with None resolved."""
-        if self.mlp_width is not None:
-            return self.mlp_width
-        if self.mlp == "gelu":
-            return 4 * self.width
-        return 32 * -(-8 * self.width // (3 * 32))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RuleConfig:
-    """Gives the layers whose path matches another recipe."""
-
-    path: str
-    """Regular expression for the whole path of a layer, its parts joined by '/'."""
-    recipe: str
-    """Recipe of the layers that match."""
-
-    def __post_init__(self) -> None:
-        require(self.recipe != "", "recipe is empty; give the name of a recipe.")
-        try:
-            re.compile(self.path)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"path {self.path!r} is not a regular expression: {error}. Write '.*' for any text."
-            ) from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
-    """Which recipe the matrix products follow."""
-
-    recipe: str = "fp8_delayed"
-    """Recipe of every layer that no rule names; "none" trains without FP8."""
-    rules: tuple[RuleConfig, ...] = ()
-    """Rules that come before the defaults; the first that matches decides."""
-    history_length: int = 16
-    """Steps that a delayed scale looks back."""
-    margin: int = 0
-    """Powers of two of head-room in a scale."""
-    amax_reduction: Literal["max", "most_recent"] = "max"
-    """A delayed scale follows the largest, or the most recent amax of its history."""
-    scale_rounding: Literal["none", "power_of_two"] = "none"
-    """Round scales up to powers of two."""
-    amax_scope: Literal["global", "local"] = "global"
-    """Current scaling of an array that devices share: one scale, or one for each part."""
-
-    def __post_init__(self) -> None:
-        require(self.recipe != "", "recipe is empty; give the name of a recipe.")
-        require_at_least("history_length", self.history_length, 1)
-        require_at_least("margin", self.margin, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,34 +62,63 @@ class TrainConfig:
     """The devices."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes, where there are several."""
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    """What happens when a step goes wrong."""
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
+    """Reports on every quantized operand, and alarms."""
     eval_every: int = 250
     """Steps between evaluations; 0: only after the last step."""
     eval_windows: int | None = None
     """Validation windows of an evaluation; None: the whole validation split."""
+    early_stopping: int = 0
+    """Evaluations in a row without a new best loss before the run ends early; 0: never."""
     log_every: int = 10
     """Steps between lines of the log."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay; older ones are deleted."""
+    """Checkpoints that stay besides the best; older ones are deleted."""
+    keep_best: bool = True
+    """Save at each new best validation loss, and keep that checkpoint."""
     run_dir: str = "runs/{name}"
     """Directory of the run; {name} stands for its name."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run directory."""
+    """Continue from the newest good checkpoint in the run directory."""
+    allow_changes: bool = False
+    """Resume although options that decide the result differ from those of the checkpoint."""
+    stall_timeout: float = 1800.0
+    """Seconds without progress after which the run dumps its stacks and exits; 0: never."""
     sample_tokens: int = 400
     """Tokens of the sample that the trained model writes; 0: no sample."""
     sample_prompt: str = "\n"
     """Text the sample continues."""
     plots: bool = True
-    """Draw the curves as PNG files."""
+    """Write report.html and the curves as PNG files at the end."""
+    profile_start: int = 0
+    """Steps before a profile is recorded."""
+    profile_steps: int = 0
+    """Steps that are profiled, for TensorBoard or Perfetto; 0: none."""
+    wandb: str = ""
+    """Project for Weights & Biases, if it is installed; empty: not used."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "checkpoint_every", "sample_tokens"):
+        for name in (
+            "eval_every",
+            "checkpoint_every",
+            "sample_tokens",
+            "early_stopping",
+            "profile_start",
+            "profile_steps",
+        ):
             require_at_least(name, getattr(self, name), 0)
+        require(
+            0 <= self.stall_timeout < math.inf,
+            f"stall_timeout is {self.stall_timeout}; allowed: 0 or a positive number of seconds.",
+        )
         if self.eval_windows is not None:
             require_at_least("eval_windows", self.eval_windows, 1)
         require_between("seed", self.seed, 0, 2**32)
@@ -258,6 +147,12 @@ class TrainConfig:
             warmup < self.steps,
             f"optim.warmup_steps {warmup} is not below steps {self.steps}. Use "
             f"optim.warmup_steps {self.steps // 10}, or {warmup + 1} steps or more.",
+        )
+        begins = [phase.begin(self.steps) for phase in self.precision.phases]
+        require(
+            begins == sorted(set(begins)) and all(0 < begin < self.steps for begin in begins),
+            f"precision.phases begin after steps {begins}; they must rise, from 1 or more to less "
+            f"than steps {self.steps}.",
         )
 
     def _check_batch(self) -> None:

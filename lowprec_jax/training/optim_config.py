@@ -41,6 +41,8 @@ class OptimConfig:
     """Decoupled weight decay of matrices."""
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
+    ema_decay: float = 0.0
+    """Decay of an average of the weights that is evaluated and sampled in their place; 0: none."""
     accumulate: int = 1
     """Micro-batches of a step; their gradients are averaged."""
 
@@ -59,7 +61,7 @@ class OptimConfig:
         require_between(
             "decay_fraction", self.decay_fraction, 0, 1, open_low=True, closed_high=True
         )
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "ema_decay"):
             require_between(name, getattr(self, name), 0, 1)
         require(
             0 <= self.weight_decay < math.inf,

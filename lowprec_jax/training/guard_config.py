@@ -1,0 +1,68 @@
+"""What is watched while a run trains, and what is done about it. Imports no JAX.
+
+Public names: `GuardConfig`, `HealthConfig`.
+"""
+
+import dataclasses
+
+from lowprec_jax.training.config_checks import (
+    require,
+    require_at_least,
+    require_between,
+    require_positive,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Skip, roll back, stop: what happens when a step goes wrong."""
+
+    max_skipped: int = 5
+    """Updates with non-finite values, which are never applied, in a row before a rollback."""
+    sigma: float = 6.0
+    """A loss this many standard deviations above the mean of the last ones is a spike."""
+    window: int = 128
+    """Losses that a spike is measured against; only sound ones enter."""
+    min_window: int = 64
+    """Losses that must be known before one can be a spike."""
+    max_spikes: int = 3
+    """Spikes in a row before a rollback."""
+    max_rollbacks: int = 3
+    """Rollbacks before the run stops with a report; 0: stop instead of the first."""
+    promote_steps: int = 0
+    """Steps for which a rollback trains the layers it suspects in high precision; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped", "max_spikes"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("max_rollbacks", "promote_steps"):
+            require_at_least(name, getattr(self, name), 0)
+        require_positive("sigma", self.sigma)
+        require_at_least("min_window", self.min_window, 2)
+        require(
+            self.window >= self.min_window,
+            f"window {self.window} is below min_window {self.min_window}; make it as large.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """Reports on every quantized operand, and alarms."""
+
+    every: int = 25
+    """Steps between reports of all operands; 0: none."""
+    saturated: float = 0.01
+    """Alarm above this fraction of clipped elements."""
+    underflow: float = 0.5
+    """Alarm above this fraction of elements that rounded to zero."""
+    scale_age: int = 1000
+    """Alarm above this many steps without a change of the scale."""
+    sqnr_every: int = 0
+    """Steps between comparisons of all gradients with those in high precision; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "sqnr_every"):
+            require_at_least(name, getattr(self, name), 0)
+        for name in ("saturated", "underflow"):
+            require_between(name, getattr(self, name), 0, 1, open_low=True, closed_high=True)
+        require_at_least("scale_age", self.scale_age, 1)
