@@ -1,13 +1,13 @@
 """Errors of people who run a program, and the words that help them.
 
-Imports nothing of the package. Public names: `UserError`, `ConfigError`, `nearest`,
-`did_you_mean`.
+Imports nothing of the package. Public names: `UserError`, `ConfigError`, `TrainingFailedError`,
+`nearest`, `did_you_mean`.
 """
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "UserError", "did_you_mean", "nearest"]
+__all__ = ["ConfigError", "TrainingFailedError", "UserError", "did_you_mean", "nearest"]
 
 
 class UserError(ValueError):
@@ -15,7 +15,18 @@ class UserError(ValueError):
 
     Shown as one paragraph with exit code 2, without a traceback. Its message says what
     failed, what was given, what is allowed and what to do.
+
+    Attributes:
+      exit_code: of the program.
     """
+
+    exit_code = 2
+
+
+class TrainingFailedError(UserError):
+    """A run went wrong again and again; its report says where."""
+
+    exit_code = 5
 
 
 class ConfigError(UserError):

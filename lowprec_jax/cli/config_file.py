@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lowprec_jax.cli.overrides import apply_overrides
 from lowprec_jax.cli.typed_tree import build
-from lowprec_jax.cli.yaml_layers import read_layers
+from lowprec_jax.cli.yaml_layers import is_file, read_layers
 from lowprec_jax.config_text import config_to_dict, dump_config
 from lowprec_jax.errors import ConfigError, did_you_mean
 
@@ -95,7 +95,7 @@ def resolve_config_path(name_or_path: str | Path) -> Path:
     """
     text = str(name_or_path)
     path = Path(text)
-    if "\0" not in text and path.is_file():
+    if is_file(path):
         return path
     name = text.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     known = _shipped_configs()

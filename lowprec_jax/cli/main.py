@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit code.
 
     0: done, 2: bad input (one paragraph on stderr says what and what to do), 3: another process of
-    the run was lost, 4: stopped by a signal, to be resumed. Any other error is ours and keeps its
-    traceback.
+    the run was lost, 4: stopped by a signal, to be resumed, 5: training went wrong again and again,
+    6: no progress, see `stall_timeout`. Any other error is ours and keeps its traceback.
 
     Args:
       argv: words after the program's name; None: those of this process.
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[name].run(rest) or 0
     except UserError as error:
         print(f"lowprec_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except SystemExit as exit_:
         if exit_.code not in (None, 0):
             raise
@@ -116,6 +116,18 @@ def _launch(words: list[str]) -> None:
         raise SystemExit(code)
 
 
+def _report(words: list[str]) -> None:
+    from lowprec_jax.cli.report import run_report
+
+    run_report(words)
+
+
+def _sweep(words: list[str]) -> int:
+    from lowprec_jax.cli.sweep import run_sweep
+
+    return run_sweep(words)
+
+
 def _take_config(words: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the name of the config, and the words that are overrides of it."""
     names: list[str] = []
@@ -173,5 +185,7 @@ _COMMANDS = {
     "collectives": _Command(
         "show what one training step communicates: how often, how many bytes", _collectives
     ),
+    "report": _Command("write the report of a run, finished or not: a page and pictures", _report),
+    "sweep": _Command("train with several seeds, compare configs: means and errors", _sweep),
     "launch": _Command("run a subcommand in several processes of this machine", _launch),
 }

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 import yaml
 
-from lowprec_jax.cli.typed_tree import Keys, build, literal_values, option_names, unknown_option
+from lowprec_jax.cli.typed_tree import (
+    Keys,
+    build,
+    is_text,
+    literal_values,
+    option_names,
+    unknown_option,
+)
 from lowprec_jax.cli.yaml_layers import scalar_from_text
 from lowprec_jax.errors import ConfigError
 
@@ -65,15 +72,16 @@ def apply_overrides(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                type(loaded),
-                default=loaded,
-                args=words,
-                prog=prog,
-                description=description or None,
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )
+            if all(map(is_text, words)):
+                return tyro.cli(
+                    type(loaded),
+                    default=loaded,
+                    args=words,
+                    prog=prog,
+                    description=description or None,
+                    use_underscores=True,
+                    config=(tyro.conf.FlagConversionOff,),
+                )
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
@@ -119,6 +127,11 @@ def _explain(loaded: Any, words: Sequence[str], extra_options: Mapping[str, str]
         parent, tp = _parent_at(values, flag.keys), _type_at(cls, flag.keys)
         if parent is None or tp is None:
             raise unknown_option(flag.keys, COMMAND_LINE, known)
+        if dataclasses.is_dataclass(tp):
+            raise ConfigError(
+                f"'{dotted}' is a section; give its options, such as "
+                f"--{dotted}.{dataclasses.fields(tp)[0].name}. From {COMMAND_LINE}."
+            )
         many = typing.get_origin(tp) in (tuple, list)
         if not many and len(flag.values) != 1:
             given = " ".join(flag.values) or "nothing"

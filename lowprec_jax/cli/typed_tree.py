@@ -1,7 +1,7 @@
 """Turns a plain mapping into a tree of dataclasses, strictly.
 
 Knows no field of ours: types, defaults and names come from the dataclass. Public names:
-`build`, `option_names`, `unknown_option`, `type_text`, `literal_values`.
+`build`, `is_text`, `option_names`, `unknown_option`, `type_text`, `literal_values`.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from lowprec_jax.errors import ConfigError, did_you_mean, nearest
 
-__all__ = ["build", "literal_values", "option_names", "type_text", "unknown_option"]
+__all__ = ["build", "is_text", "literal_values", "option_names", "type_text", "unknown_option"]
 
 T = TypeVar("T")
 Keys = tuple[str, ...]
 Origin = Callable[[Keys], str]
 
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
@@ -120,6 +121,11 @@ def literal_values(tp: Any) -> tuple[Any, ...]:
     return typing.get_args(tp) if typing.get_origin(tp) is Literal else ()
 
 
+def is_text(text: str) -> bool:
+    """Whether a file can hold `text` and be named by it: no NUL, and nothing but UTF-8."""
+    return _NOT_TEXT.search(text) is None
+
+
 def _nearest_option(
     keys: Keys, siblings: Mapping[str, str], known: Mapping[str, str]
 ) -> str | None:
@@ -180,7 +186,7 @@ def _convert(value: Any, tp: Any, keys: Keys, source: _Source) -> Any:
 def _convert_scalar(value: Any, tp: Any, keys: Keys, source: _Source) -> Any:
     if tp not in (bool, int, float, str, type(None)):
         raise TypeError(f"{'.'.join(keys)}: the config loader does not know the type {tp!r}.")
-    if type(value) is tp:
+    if type(value) is tp and (tp is not str or is_text(value)):
         return value
     spelled = isinstance(value, str) and _NUMBER.fullmatch(value) is not None
     if tp is float and (type(value) is int or spelled):
@@ -238,6 +244,8 @@ def _wrong(value: Any, tp: Any, keys: Keys, source: _Source) -> ConfigError:
         hint = " Write true or false."
     elif tp is str and isinstance(value, bool | int | float):
         hint = " Put it in quotes."
+    elif tp is str and isinstance(value, str):
+        hint = " Leave out NUL, and what is not UTF-8."
     allowed = f"allowed: {type_text(tp)}.{hint}"
     return ConfigError(f"'{'.'.join(keys)}' is {given}; {allowed} From {source.origin(keys)}.")
 

@@ -2,8 +2,8 @@
 
 Knows nothing of dataclasses. Stricter than `yaml.safe_load`: a key given twice, a tag, an
 anchor and an alias are errors, and scalars follow YAML 1.2's core rules (``1e-3`` is a number,
-``on`` and ``2020-01-01`` are text). Public
-names: `Layers`, `read_layers`, `scalar_from_text`.
+``on`` and ``2020-01-01`` are text). Public names: `Layers`, `read_layers`,
+`scalar_from_text`, `is_file`.
 """
 
 import re
@@ -16,7 +16,7 @@ import yaml
 from lowprec_jax.config_text import SCALARS
 from lowprec_jax.errors import ConfigError
 
-__all__ = ["Layers", "read_layers", "scalar_from_text"]
+__all__ = ["Layers", "is_file", "read_layers", "scalar_from_text"]
 
 EXTENDS = "extends"
 _MAX_DEPTH = 50  # far above any tree of dataclasses, far below Python's stack
@@ -88,6 +88,14 @@ def scalar_from_text(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; not where the name can be none, such as one too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> Layers:
     try:
         resolved = path.resolve()
@@ -102,7 +110,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> Layers:
         layers = Layers({}, {})
     elif isinstance(base, str):
         target = path.parent / base
-        if not target.is_file():
+        if not is_file(target):
             raise ConfigError(
                 f"{EXTENDS}: no file {base!r} next to {path} ({target} does not exist). "
                 f"The name is relative to the file that says it."

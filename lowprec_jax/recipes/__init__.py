@@ -3,7 +3,7 @@
 A new recipe is one `register_recipe` call, here or in a user's own module.
 """
 
-from lowprec_jax.recipes.fp8 import FP8_CURRENT, FP8_DELAYED
+from lowprec_jax.recipes.fp8 import FP8_CURRENT, FP8_DELAYED, FP8_DELAYED_HP_FORWARD
 from lowprec_jax.recipes.high_precision import NONE
 from lowprec_jax.recipes.recipe import Gemm, Recipe, Role
 from lowprec_jax.recipes.registry import get_recipe, recipes, register_recipe
@@ -29,6 +29,7 @@ from lowprec_jax.recipes.scaling_state import (
 __all__ = [
     "FP8_CURRENT",
     "FP8_DELAYED",
+    "FP8_DELAYED_HP_FORWARD",
     "NONE",
     "Assignment",
     "Column",

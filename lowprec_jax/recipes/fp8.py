@@ -29,3 +29,10 @@ FP8_CURRENT = register_recipe(
 FP8_DELAYED = register_recipe(
     dataclasses.replace(FP8_CURRENT, name="fp8_delayed", scaling="delayed")
 )
+
+# The forward pass as evaluation computes it, both backward GEMMs in FP8: the end of a run, where
+# what is left of the gap is rounding in the forward pass (NVIDIA 2025, arXiv:2509.25149, section
+# 4.6, for NVFP4).
+FP8_DELAYED_HP_FORWARD = register_recipe(
+    dataclasses.replace(FP8_DELAYED, name="fp8_delayed_hp_forward", fwd=None)
+)

@@ -5,7 +5,8 @@ has one row per `Role`; leading axes (``stack``) hold the layers of a scanned st
 
 ``amax_history``  f32[*stack, 3, window]  newest first; delayed scaling only
 ``pending``       f32[*stack, 3, 5]       observed since the last advance, columns of `Column`
-``observed``      f32[*stack, 3, 5]       observed in the last completed step, for reports
+``observed``      f32[*stack, 3, 5]       observed in the last completed step, for reports; an amax
+                                        that is not finite is 0 here, its elements are counted
 ``age``           f32[*stack, 3]          steps since the scale moved
 ``dropped``       f32[*stack, 3]          observations that were not usable, since the start
 """
@@ -87,9 +88,10 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
     seen = (pending[..., Column.SIZE] > 0) | (amax != 0)
     done = seen & jnp.asarray(when)
     pushed = done & usable(amax)
+    finite = jnp.isfinite(pending)  # what is kept, and saved, always is
     new = {
         "pending": jnp.where(done[..., None], jnp.zeros_like(pending), pending),
-        "observed": jnp.where(done[..., None], pending, state["observed"]),
+        "observed": jnp.where(done[..., None], jnp.where(finite, pending, 0), state["observed"]),
         "dropped": state["dropped"] + (done & ~pushed).astype(jnp.float32),
     }
     if "amax_history" not in state:

@@ -3,7 +3,15 @@
 from lowprec_jax.ops import cond
 from lowprec_jax.recipes import init_state
 from lowprec_jax.state.grad import accumulate, calibrate, per_example, value_and_grad
-from lowprec_jax.state.health import Health, health, operand_names, summarize
+from lowprec_jax.state.health import (
+    Health,
+    OperandColumn,
+    health,
+    nonfinite,
+    operand_names,
+    operand_table,
+    summarize,
+)
 from lowprec_jax.state.probes import attach_probes, collect_probes, make_probes
 from lowprec_jax.state.sites import (
     add_observations,
@@ -17,6 +25,7 @@ from lowprec_jax.state.sites import (
 
 __all__ = [
     "Health",
+    "OperandColumn",
     "accumulate",
     "add_observations",
     "advance",
@@ -31,7 +40,9 @@ __all__ = [
     "make_probes",
     "make_sinks",
     "map_sites",
+    "nonfinite",
     "operand_names",
+    "operand_table",
     "per_example",
     "sites",
     "summarize",

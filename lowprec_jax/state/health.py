@@ -1,12 +1,18 @@
-"""What the observations say: saturation, underflow, non-finite values, age of the scales."""
+"""What the observations say: saturation, underflow, non-finite values, scales and their age."""
 
+import enum
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lowprec_jax.recipes import Column, Role
+from lowprec_jax.errors import UserError
+from lowprec_jax.recipes import Column, Recipe, Role, history_amax
 from lowprec_jax.state.sites import Tree, sites
+
+Site = Mapping[str, jax.Array]
 
 
 class Health(NamedTuple):
@@ -28,13 +34,31 @@ class Health(NamedTuple):
     worst: str | jax.Array
 
 
+class OperandColumn(enum.IntEnum):
+    """Columns of `operand_table`.
+
+    AMAX: largest magnitude; 0 if an element was not finite.
+    SCALE: the scale; 0 where the operand is not quantized.
+    SATURATED: fraction of elements that the cast clipped.
+    UNDERFLOW: fraction of elements, not zero, that rounded to zero.
+    NONFINITE: number of NaN and infinite elements.
+    AGE: steps since the scale moved.
+    """
+
+    AMAX = 0
+    SCALE = 1
+    SATURATED = 2
+    UNDERFLOW = 3
+    NONFINITE = 4
+    AGE = 5
+
+
 def summarize(tree: Tree) -> Health | None:
     """Health as f32 scalars on the device, for use inside a compiled step; None without sites."""
     found = [site for _, site in sites(tree)]
     if not found:
         return None
-    observed = jnp.concatenate([s["observed"].reshape(-1, len(Column)) for s in found])
-    age = jnp.concatenate([s["age"].reshape(-1) for s in found])
+    observed, age = _observed(found), _rows(found, "age")
     size = jnp.maximum(observed[:, Column.SIZE], 1)
     lost = (observed[:, Column.SATURATED] + observed[:, Column.UNDERFLOW]) / size
     total = observed.sum(0)
@@ -42,14 +66,68 @@ def summarize(tree: Tree) -> Health | None:
     return Health(
         saturated=total[Column.SATURATED] / elements,
         underflow=total[Column.UNDERFLOW] / elements,
-        nonfinite=total[Column.NONFINITE],
+        nonfinite=_nonfinite(found).sum(),
         scale_age=age.max(),
         worst=lost.argmax(),
     )
 
 
+def operand_table(tree: Tree, recipes: Recipe | Mapping[str, Recipe]) -> jax.Array:
+    """Health of every operand, for use inside a compiled step: a few fused operations.
+
+    Args:
+      tree: scaling state after `advance`.
+      recipes: recipe of every call site by its path in `sites`, or the one of all of them. State
+        holds amaxes; which scale they make is the recipe's affair.
+
+    Returns:
+      f32[n, 6]: rows as in `operand_names`, columns as in `OperandColumn`. The scale is the one in
+      force: with delayed scaling that of the next step, with current scaling that of the step that
+      was observed, in the first of the formats that the operand is quantized to.
+
+    Raises:
+      UserError: `recipes` lacks a call site.
+    """
+    found = sites(tree)
+    if not found:
+        return jnp.zeros((0, len(OperandColumn)), jnp.float32)
+    states = [site for _, site in found]
+    observed = _observed(states)
+    size = jnp.maximum(observed[:, Column.SIZE], 1)
+    columns = {
+        OperandColumn.AMAX: observed[:, Column.AMAX],
+        OperandColumn.SCALE: _scales(states, [_recipe(recipes, path) for path, _ in found]),
+        OperandColumn.SATURATED: observed[:, Column.SATURATED] / size,
+        OperandColumn.UNDERFLOW: observed[:, Column.UNDERFLOW] / size,
+        OperandColumn.NONFINITE: _nonfinite(states),
+        OperandColumn.AGE: _rows(states, "age"),
+    }
+    return jnp.stack([columns[column] for column in OperandColumn], axis=-1)
+
+
+def nonfinite(before: Tree, after: Tree) -> jax.Array:
+    """Number of NaN and infinite elements that one step observed, f32 [].
+
+    For a guard on the device: an Inf saturates in the cast, so that loss and gradients of a broken
+    step can be finite. `Health.nonfinite` will not do: a layer that did not run, such as an expert
+    without tokens, still reports what it saw when it last ran.
+
+    Args:
+      before: scaling state as the step was given it.
+      after: the same after `advance`.
+    """
+    old, new = ([site for _, site in sites(tree)] for tree in (before, after))
+    if not new:
+        return jnp.float32(0)
+    was, now = _observed(old), _observed(new)
+    kept = (was == now).all(-1)
+    for name in ("age", "dropped"):
+        kept &= _rows(old, name) == _rows(new, name)
+    return jnp.where(kept, 0, _nonfinite(new)).sum()
+
+
 def operand_names(tree: Tree) -> list[str]:
-    """Names such as ``"blocks/mlp/down[2] output_grad"``, in the order of `summarize`."""
+    """Names such as ``"blocks/mlp/down[2] output_grad"``, in the order of `operand_table`."""
     names = []
     for path, site in sites(tree):
         layers = site["age"].size // len(Role)
@@ -75,3 +153,59 @@ def health(tree: Tree) -> Health:
         float(host.scale_age),
         operand_names(tree)[int(host.worst)],
     )
+
+
+def _rows(states: Sequence[Site], name: str) -> jax.Array:
+    """One number per operand, f32[n]."""
+    return jnp.concatenate([state[name].reshape(-1) for state in states])
+
+
+def _observed(states: Sequence[Site]) -> jax.Array:
+    """f32[n, 5]."""
+    return jnp.concatenate([state["observed"].reshape(-1, len(Column)) for state in states])
+
+
+def _nonfinite(states: Sequence[Site]) -> jax.Array:
+    """Non-finite elements of every operand, f32[n].
+
+    A layer whose backward pass did not run has an amax without counts. If it is not finite, it is
+    dropped and 0 in `observed`; then there is one at least.
+    """
+    observed = _observed(states)
+    no_count = (observed[:, Column.SIZE] == 0) & (observed[:, Column.AMAX] == 0)
+    broken = no_count & (_rows(states, "dropped") > 0)
+    return jnp.maximum(observed[:, Column.NONFINITE], broken.astype(jnp.float32))
+
+
+def _recipe(recipes: Recipe | Mapping[str, Recipe], path: str) -> Recipe:
+    if isinstance(recipes, Recipe):
+        return recipes
+    if path not in recipes:
+        raise UserError(
+            f"operand_table: no recipe for {path!r}; known: {', '.join(recipes) or 'none'}. Give "
+            "one for every path of lowprec_jax.state.sites, or a single one for all."
+        )
+    return recipes[path]
+
+
+def _scales(states: Sequence[Site], recipes: Sequence[Recipe]) -> jax.Array:
+    """The scale of every operand, f32[n]; each distinct recipe is computed once, on all rows."""
+    amax = jnp.concatenate([_scaled_amax(state).reshape(-1, len(Role)) for state in states])
+    layers = [state["age"].size // len(Role) for state in states]
+    scale = jnp.zeros_like(amax)
+    for recipe in dict.fromkeys(recipes):
+        own = np.repeat([other == recipe for other in recipes], layers)
+        columns = [_scale(recipe, role, amax[:, role]) for role in Role]
+        scale = jnp.where(own[:, None], jnp.stack(columns, axis=-1), scale)
+    return scale.reshape(-1)
+
+
+def _scaled_amax(state: Site) -> jax.Array:
+    """The amax that the scales in force come from, f32[*stack, 3]."""
+    delayed = "amax_history" in state
+    return history_amax(dict(state)) if delayed else state["observed"][..., Column.AMAX]
+
+
+def _scale(recipe: Recipe, role: Role, amax: jax.Array) -> jax.Array:
+    fmt = recipe.format_of(role)
+    return jnp.zeros_like(amax) if fmt is None else recipe.scale(amax, fmt)

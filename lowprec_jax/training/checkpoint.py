@@ -1,119 +1,283 @@
-"""Checkpoints with Orbax: the whole training state, so that a run goes on as if never stopped."""
+"""Checkpoints with Orbax, verified before they count and again before they are used.
 
+    checkpoints/<step>/state/         the arrays, written by Orbax in the background
+    checkpoints/<step>/manifest.json  written last: see `lowprec_jax.training.manifest`
+
+A save becomes a checkpoint in four steps: Orbax has written all arrays; they are read back; their
+bits are those that were on the devices, all finite; the manifest is written. Until then the older
+ones stay, so that a run killed at any instant has one. Public names: `Checkpoints`, `Found`.
+"""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lowprec_jax.errors import UserError
-from lowprec_jax.training.step import TrainState
+from lowprec_jax.training.fingerprint import fingerprint, fingerprints
+from lowprec_jax.training.manifest import NAME, ArrayRecord, DamagedError, Manifest, digests
+from lowprec_jax.training.state_leaves import Leaves, kind, leaves_of
 
-FORMAT_VERSION = 2
+__all__ = ["Checkpoints", "Found"]
+
+
+class Found(NamedTuple):
+    """The newest checkpoint that can be used.
+
+    Attributes:
+      folder: where it is.
+      manifest: what it holds.
+      damaged: what is wrong with newer ones, a sentence each.
+    """
+
+    folder: Path
+    manifest: Manifest
+    damaged: list[str]
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; the newest are kept. Use as a context manager.
+    """The checkpoints of one run directory. Use as a context manager.
 
-    Batches are a function of the step, so that the step is the whole data cursor.
+    Of several processes each writes its part of the arrays; the first verifies, publishes and
+    deletes. It holds one whole state in host memory while it verifies.
 
     Args:
       directory: where they are, ``<run>/checkpoints``.
-      keep: how many stay.
+      keep: how many of the newest stay.
+      keep_best: the one with the lowest validation loss stays too.
+      writes: whether this is the first process.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, *, keep: int, keep_best: bool = True, writes: bool = True):
         import orbax.checkpoint as ocp  # slow to import
 
         self._ocp = ocp
-        self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "about": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
-        )
+        self._directory = directory.absolute()
+        self._keep, self._keep_best, self._writes = keep, keep_best, writes
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._publishing: Future[None] | None = None
+        self._saved: set[int] = set()  # steps that this process has written or read
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
 
-    def save(self, state: TrainState) -> None:
-        """Writes a checkpoint of the step that `state` has completed, in the background."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        ocp = self._ocp
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                about=ocp.args.JsonSave({"format_version": FORMAT_VERSION}),
-            ),
-        )
-
-    def restore_latest(self, like: TrainState) -> TrainState:
-        """Reads the newest checkpoint.
+    def save(
+        self, state: Any, about: dict[str, Any], *, validation_loss: float | None = None
+    ) -> None:
+        """Writes a checkpoint of the step that `state` has completed, in the background.
 
         Args:
-          like: a state of the same structure, on the devices it is read to; its values are not
-            used.
+          state: the training state; its arrays may be donated after the call.
+          about: see `Manifest`.
+          validation_loss: see `Manifest`.
 
         Raises:
-          UserError: there is none, or it is of a run with another model, recipe or optimizer.
+          UserError: this or the save before could not be written or verified.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            raise UserError(
-                f"No checkpoint to resume from in {self._directory}. Give the run_dir of a run "
-                f"that has one, or delete {self._directory.parent} and start without --resume."
-            )
-        ocp = self._ocp
-        self._check_format(step)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+        self.wait()
+        step = int(state.step)
+        if step in self._saved:
+            return
+        arrays = leaves_of(state)
+        expected = fingerprints(arrays)
+        folder = self._directory / str(step)
+        try:
+            if self._writes:
+                _delete(folder)  # a damaged one, or what a kill left
+            self._checkpointer.save(folder / "state", arrays)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        records = {name: (kind(x), expected[name]) for name, x in arrays.items()}
+        self._publishing = self._thread.submit(
+            self._publish, folder, step, about, validation_loss, records
         )
-        self._check_structure(step, abstract)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )
-        return TrainState(**restored["state"])
+        self._saved.add(step)
 
-    def _check_structure(self, step: int, abstract: Any) -> None:
-        """Compares names, shapes and types before anything is read."""
-        stored = _leaves(self._manager.item_metadata(step)["state"])
-        expected = _leaves(abstract)
-        # Parameters first: a difference in the model shows in the optimizer's state too.
-        names = sorted({*stored, *expected}, key=lambda n: (not n.startswith("params"), n))
-        for name in names:
-            there, here = stored.get(name, "missing"), expected.get(name, "missing")
-            if there != here:
+    def wait(self) -> None:
+        """Waits until the newest save is a checkpoint; raises as `save` if it cannot be."""
+        if self._publishing is not None:
+            publishing, self._publishing = self._publishing, None
+            publishing.result()
+
+    def check(self) -> None:
+        """Raises as `save`, if what runs in the background has failed; never waits."""
+        if self._publishing is not None and self._publishing.done():
+            self.wait()
+
+    def newest(self, *, skip: int = 0) -> Found | None:
+        """The newest checkpoint whose files are what was written; None if there is none.
+
+        Several processes call it together and take what the first one finds.
+
+        Args:
+          skip: how many good ones to pass over.
+
+        Raises:
+          UserError: there are checkpoints, but all are damaged.
+        """
+        self.wait()
+        if jax.process_count() == 1:
+            return self._newest(skip)
+        from jax.experimental import multihost_utils
+
+        found, failure = None, None
+        if self._writes:
+            try:
+                found = self._newest(skip)
+            except UserError as error:
+                failure = error
+        mine = -2 if failure else found.manifest.step if found else -1
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+        if step == -2:
+            raise failure or UserError("Process 0 found no checkpoint that can be used.")
+        if self._writes or step == -1:
+            return found
+        folder = self._directory / str(step)
+        return Found(folder, Manifest.read(folder), [])
+
+    def _newest(self, skip: int) -> Found | None:
+        damaged: list[str] = []
+        passed_over = 0
+        for step in sorted(self._steps(), reverse=True):
+            folder = self._directory / str(step)
+            try:
+                manifest = Manifest.read(folder)
+                manifest.check_files(folder)
+            except DamagedError as problem:
+                damaged.append(f"The checkpoint of step {step} is damaged: {problem}.")
+                continue
+            if passed_over == skip:
+                return Found(folder, manifest, damaged)
+            passed_over += 1
+        if damaged and not passed_over:
+            raise UserError(
+                f"No checkpoint in {self._directory} can be used. {' '.join(damaged)} Restore one "
+                f"from a backup, or delete {self._directory.parent} and start without --resume."
+            )
+        return None
+
+    def read(self, found: Found, like: Leaves) -> Leaves:
+        """Reads arrays of a checkpoint onto the devices, and checks that their bits are right.
+
+        Args:
+          found: from `newest`.
+          like: for the arrays that are wanted, abstract ones as they are stored; their shardings
+            are where they are put.
+
+        Raises:
+          UserError: an array is not what it was when it was saved.
+        """
+        args = self._ocp.args.PyTreeRestore(
+            item=dict(like),
+            restore_args=self._ocp.checkpoint_utils.construct_restore_args(dict(like)),
+            partial_restore=True,
+        )
+        with self._ocp.PyTreeCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(found.folder / "state", args=args)
+        actual = jax.device_get(fingerprints(arrays))
+        for name, value in actual.items():
+            if int(value) != found.manifest.arrays[name].fingerprint:
                 raise UserError(
-                    f"The checkpoint of step {step} in {self._directory} does not fit this run: "
-                    f"{name} is {there} there and {here} here. Resume with the model, recipe and "
-                    "optimizer it was made with (see config.yaml beside it)."
+                    f"{name} of the checkpoint in {found.folder} was not read as it was saved, "
+                    "although the files are intact. Delete that folder to use the one before."
                 )
+        self._saved.add(found.manifest.step)
+        return arrays
 
-    def _check_format(self, step: int) -> None:
-        ocp = self._ocp
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        version = about["about"]["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"The checkpoint of step {step} in {self._directory} has format {version}; this "
-                f"version of lowprec_jax reads format {FORMAT_VERSION}. Resume with the version "
-                "that wrote it (see environment.json beside it)."
-            )
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which a rollback or a damaged one made void."""
+        self.wait()
+        self._saved = {s for s in self._saved if s <= step}
+        if self._writes:
+            for later in [s for s in self._steps() if s > step]:
+                _delete(self._directory / str(later))
+
+    def _publish(
+        self,
+        folder: Path,
+        step: int,
+        about: dict[str, Any],
+        validation_loss: float | None,
+        records: dict[str, tuple[str, jax.Array]],
+    ) -> None:
+        try:
+            self._checkpointer.wait_until_finished()
+            if not self._writes:
+                return
+            arrays = {name: ArrayRecord(k, int(print_)) for name, (k, print_) in records.items()}
+            self._verify(folder / "state", arrays)
+            Manifest(
+                step=step,
+                about=about,
+                validation_loss=validation_loss,
+                arrays=arrays,
+                files=digests(folder),
+            ).write(folder)
+            self._prune()
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def _verify(self, folder: Path, arrays: dict[str, ArrayRecord]) -> None:
+        """Reads all arrays back; all must have the bits they had, and be finite."""
+        args = {name: self._ocp.RestoreArgs(restore_type=np.ndarray) for name in arrays}
+        alone = self._ocp.options.MultiprocessingOptions(
+            active_processes={jax.process_index()}, barrier_sync_key_prefix="verify"
+        )
+        handler = self._ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with self._ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            stored = checkpointer.restore(folder, restore_args=args)
+        for name, record in arrays.items():
+            if fingerprint(stored[name]) != record.fingerprint:
+                raise DamagedError(f"{name} was not read back as it was written")
+            if not np.isfinite(np.asarray(stored[name], np.float32)).all():
+                raise DamagedError(f"{name} is not finite")
+
+    def _steps(self) -> list[int]:
+        """The steps of folders with a manifest, good or not."""
+        found = self._directory.glob(f"*/{NAME}")
+        return [int(path.parent.name) for path in found if path.parent.name.isdigit()]
+
+    def _prune(self) -> None:
+        """Deletes what is neither among the newest nor the best, and what a kill left."""
+        losses: dict[int, float | None] = {}
+        for step in sorted(self._steps()):
+            try:
+                losses[step] = Manifest.read(self._directory / str(step)).validation_loss
+            except DamagedError:
+                continue
+        kept = set(list(losses)[-self._keep :])
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        if self._keep_best and measured:
+            kept.add(min(measured, key=measured.__getitem__))
+        for folder in self._directory.iterdir():
+            if not (folder.name.isdigit() and int(folder.name) in kept):
+                _delete(folder)
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        good = sorted(self._steps())
+        rest = (
+            f"The newest one is of step {good[-1]}: --resume True goes on from there"
+            if good
+            else "There is no older one"
+        )
+        return UserError(
+            f"The checkpoint of step {step} could not be made in {self._directory}: {error}. "
+            f"{rest}."
+        )
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-    """``{path: "float32[3, 4]"}`` of a tree of arrays, of their metadata or abstract values."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in flat
-        if hasattr(leaf, "shape")
-    }
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint; its manifest first, so that half of one never passes for one."""
+    (folder / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,6 @@ Imports no JAX and no Flax, so that the help is quick. Public names: `TrainConfi
 """
 
 import dataclasses
-import math
 import re
 
 from lowprec_jax.training.config_checks import (
@@ -36,6 +35,8 @@ __all__ = [
     "RuleConfig",
     "TrainConfig",
 ]
+
+_LONGEST_WAIT = 1e9  # seconds; Python's clocks overflow at nine times that
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,16 +116,14 @@ class TrainConfig:
             "profile_steps",
         ):
             require_at_least(name, getattr(self, name), 0)
-        require(
-            0 <= self.stall_timeout < math.inf,
-            f"stall_timeout is {self.stall_timeout}; allowed: 0 or a positive number of seconds.",
-        )
+        require_between("stall_timeout", self.stall_timeout, 0, _LONGEST_WAIT)
         if self.eval_windows is not None:
             require_at_least("eval_windows", self.eval_windows, 1)
         require_between("seed", self.seed, 0, 2**32)
         require(
-            re.fullmatch(r"[\w-][\w.-]*", self.name) is not None,
-            f"name {self.name!r} is not a file name; allowed: letters, digits, '_', '-', '.'.",
+            re.fullmatch(r"[\w-][\w.-]*", self.name) is not None and len(self.name.encode()) < 200,
+            f"name {self.name!r} is not a file name; allowed: letters, digits, '_', '-', '.', in "
+            f"less than 200 bytes.",
         )
         other = re.findall(r"\{(?!name\})[^}]*\}?", self.run_dir)
         require(

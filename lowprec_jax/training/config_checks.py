@@ -22,14 +22,23 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# Past these a value overflows as soon as it reaches a device.
+_INT32_LIMIT = 2**31
+_FLOAT32_LIMIT = 2.0**128
+
+
 def require_at_least(name: str, value: int, low: int) -> None:
-    """Raises ValueError unless `value` is `low` or more."""
+    """Raises ValueError unless `value` is `low` or more, and an int32."""
     require(value >= low, f"{name} is {value}; allowed: {low} or more.")
+    require(value < _INT32_LIMIT, f"{name} is {value}; allowed: less than {_INT32_LIMIT}.")
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raises ValueError unless `value` is positive and finite; NaN is neither."""
-    require(0 < value < math.inf, f"{name} is {value}; allowed: a positive number.")
+    """Raises ValueError unless `value` is positive and finite in float32; NaN is neither."""
+    require(
+        0 < value < _FLOAT32_LIMIT,
+        f"{name} is {value}; allowed: a positive number below {_FLOAT32_LIMIT:.2g}.",
+    )
 
 
 def require_between(
@@ -67,4 +76,5 @@ def multiples(value: int, of: int) -> str:
 
 def divisors(value: int) -> list[int]:
     """Returns every divisor of `value`, from 1 up."""
-    return [d for d in range(1, value + 1) if value % d == 0]
+    low = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return sorted({*low, *(value // d for d in low)})

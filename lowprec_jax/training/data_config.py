@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lowprec_jax.training.config_checks import require, require_between
+from lowprec_jax.training.config_checks import require, require_at_least, require_between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.source != "", "source is empty; give 'stdlib' or a path.")
+        require_at_least("vocab_size", self.vocab_size, 1)
         require(
             self.tokenizer != "bpe" or self.vocab_size > 256,
             f"vocab_size {self.vocab_size} is too small for bpe, which starts from 256 bytes. "

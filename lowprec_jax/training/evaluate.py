@@ -12,8 +12,10 @@ from lowprec_jax.training.step import TrainState
 
 def build_evaluation(
     network: Network, windows: tuple[np.ndarray, np.ndarray], batch_size: int
-) -> Callable[[TrainState], float]:
-    """A function that returns the mean loss, in nats per token, over all windows.
+) -> Callable[..., float | None]:
+    """``(state, interrupted) -> loss``: the mean loss, in nats per token, over all windows.
+
+    ``interrupted()`` is asked before every batch; if it says so, the result is None.
 
     Args:
       network: the network.
@@ -24,12 +26,16 @@ def build_evaluation(
 
     @network.layout.jit
     def sums(state: TrainState, batch):
-        model = network.whole(network.merge(state.params, state.scaling))
+        model = network.whole(network.merge(state.weights, state.scaling))
         return next_token_loss(model(batch[0]), batch[1])
 
-    def evaluate(state: TrainState) -> float:
+    def evaluate(
+        state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> float | None:
         total = np.zeros(2)
         for batch in batches:
+            if interrupted():
+                return None
             part = sums(state, network.layout.put_batch(batch))
             total += np.array(jax.device_get(part), np.float64)
         return float(total[0] / total[1])

@@ -18,19 +18,23 @@ class GuardConfig:
     """Skip, roll back, stop: what happens when a step goes wrong."""
 
     max_skipped: int = 5
-    """Updates with non-finite values, which are never applied, in a row before a rollback."""
+    """Non-finite updates, which are never applied, without a sound step between them before a
+    rollback."""
     sigma: float = 6.0
-    """A loss this many standard deviations above the mean of the last ones is a spike."""
+    """A loss this many standard deviations above the mean of the last ones is a spike; the
+    deviation counts as 1/256 of the mean, and of 1 nat, at least."""
     window: int = 128
-    """Losses that a spike is measured against; only sound ones enter."""
+    """Losses that a spike is measured against, only sound ones; also the steps beyond a failure at
+    which a checkpoint forgives the rollbacks."""
     min_window: int = 64
     """Losses that must be known before one can be a spike."""
     max_spikes: int = 3
-    """Spikes in a row before a rollback."""
+    """Spikes without a sound step between them before a rollback."""
     max_rollbacks: int = 3
-    """Rollbacks before the run stops with a report; 0: stop instead of the first."""
+    """Rollbacks without progress before the run stops with a report; 0: stop at the first."""
     promote_steps: int = 0
-    """Steps for which a rollback trains the layers it suspects in high precision; 0: none."""
+    """Steps for which a rollback trains the layers it suspects in high precision, longer if they
+    are suspected again; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("max_skipped", "max_spikes"):

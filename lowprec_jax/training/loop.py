@@ -1,36 +1,38 @@
-"""One training run from config to summary."""
+"""One training run from config to report."""
 
-import contextlib
-import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from lowprec_jax import data
-from lowprec_jax import state as scaling_of
-from lowprec_jax.config_text import dump_config
-from lowprec_jax.errors import UserError
+from lowprec_jax.config_text import config_to_dict, dump_config
+from lowprec_jax.errors import TrainingFailedError, UserError
 from lowprec_jax.models import generate
-from lowprec_jax.ops import GemmCount, count_gemms
-from lowprec_jax.recipes import get_recipe
 from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.config import TrainConfig
-from lowprec_jax.training.evaluate import build_evaluation
-from lowprec_jax.training.metrics import MetricsLog, ProgressLine, StepReader
-from lowprec_jax.training.network import Network, build_network, operand_names
-from lowprec_jax.training.optimizer import build_optimizer
+from lowprec_jax.training.efficiency import Clock, peak_memory
 from lowprec_jax.training.processes import Processes, start_processes
+from lowprec_jax.training.profile_window import ProfileWindow
+from lowprec_jax.training.programs import Programs, ProgramTable
 from lowprec_jax.training.run_directory import RunDirectory, environment
+from lowprec_jax.training.run_log import RunLog
 from lowprec_jax.training.signals import StopRequest
-from lowprec_jax.training.step import (
-    TrainState,
-    build_calibration,
-    build_step,
-    init_state,
-)
+from lowprec_jax.training.trainer import Trainer
+from lowprec_jax.training.wandb_run import WandbRun, require_wandb
+from lowprec_jax.training.watchdog import Watchdog
+
+__all__ = ["train"]
+
+
+class _Text(NamedTuple):
+    """What a run learns from."""
+
+    corpus: data.Corpus
+    tokenizer: data.Tokenizer
+    batches: data.Batches
+    windows: tuple[np.ndarray, np.ndarray]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -44,8 +46,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
       the run with a checkpoint, ``{"steps": ..., "stopped_by": ...}``.
 
     Raises:
-      UserError: bad input; nothing of an earlier run is touched.
-      FloatingPointError: loss or gradients stayed non-finite.
+      UserError: bad input, and nothing of an earlier run is touched; or a checkpoint could not be
+        written.
+      TrainingFailedError: it went wrong more often than the guard allows; the report is written.
     """
     with start_processes(config.distributed) as processes:
         return _train(config, processes)
@@ -53,7 +56,58 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     """The run as one of its processes sees it; the first one writes and talks."""
-    console = Console(quiet=not processes.is_first)
+    clock, console = Clock(), Console(quiet=not processes.is_first)
+    require_wandb(config.wandb)
+    text = _load_text(config)
+    run = RunDirectory(config.run_path, resume=config.resume, writes=processes.is_first)
+    table = ProgramTable(config, text.tokenizer.vocab_size, text.windows)
+    with (
+        StopRequest() as stop,
+        Checkpoints(
+            run.checkpoints,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            writes=processes.is_first,
+        ) as checkpoints,
+    ):
+        trainer = Trainer(config, table, text.batches, checkpoints, stop, clock)
+        events = trainer.resume() if config.resume else trainer.begin()
+        if stop.agreed(0):
+            return _stopped(console, stop.name, trainer.completed, run)
+        # Only now: what may still be refused leaves the files of an earlier run as they are.
+        _write_inputs(config, run, text)
+        console.print(_headline(config, trainer.programs, trainer.state.params), soft_wrap=True)
+        with (
+            Watchdog(config.stall_timeout, run.path / "stacks.txt") as watchdog,
+            ProfileWindow(
+                config.profile_start, config.profile_steps, run.path / "profile"
+            ) as profile,
+            RunLog(
+                config,
+                run,
+                console,
+                clock,
+                completed=trainer.completed,
+                wandb=_wandb(config, run),
+            ) as log,
+        ):
+            for kind, fields in events:
+                log.event(trainer.completed, kind, _said(kind, fields), **fields)
+            try:
+                ended = trainer.run(log, watchdog, profile)
+            except TrainingFailedError:
+                _report(config, console, run)
+                raise
+    if ended not in ("completed", "stopped early"):
+        return _stopped(console, ended, trainer.completed, run)
+    summary = _summary(config, trainer, table, log, clock)
+    sample = _sample(config, trainer, text.tokenizer) if config.sample_tokens else ""
+    if processes.is_first:
+        _finish(config, console, run, summary, sample)
+    return summary
+
+
+def _load_text(config: TrainConfig) -> _Text:
     corpus = data.load_corpus(
         config.data.source, validation_fraction=config.data.validation_fraction
     )
@@ -69,203 +123,86 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     inputs, targets = data.validation_windows(
         tokenizer.encode(corpus.validation), config.model.context
     )
-    windows = (inputs[: config.eval_windows], targets[: config.eval_windows])
-    network = build_network(config, tokenizer.vocab_size)
+    windows = inputs[: config.eval_windows], targets[: config.eval_windows]
     if config.sample_tokens:
         tokenizer.encode(config.sample_prompt)  # a prompt it cannot encode is bad input now
-    run = RunDirectory(config.run_path, resume=config.resume, writes=processes.is_first)
-    with (
-        StopRequest() as stop,
-        Checkpoints(run.checkpoints, config.keep_checkpoints) as checkpoints,
-    ):
-        loop = _Loop(config, console, network, batches, run, checkpoints, stop)
-        loop.evaluate = build_evaluation(network, windows, config.batch_size)
-        state = loop.prepare()
-        # Only now: what may still be refused leaves the files of an earlier run as they are.
-        run.write_text("config.yaml", dump_config(config))
-        run.write_json("environment.json", environment())
-        run.write_json("data_card.json", corpus.card)
-        if processes.is_first:
-            data.save_tokenizer(tokenizer, run.path / "tokenizer.json")
-        state, summary = loop.run(state)
-    if "stopped_by" in summary:
-        console.print(_stopped(summary, run), soft_wrap=True)
-        return summary
-    sample = _sample(config, network, state, tokenizer) if config.sample_tokens else ""
-    if processes.is_first:
-        _finish(config, console, run, summary, sample)
-    return summary
+    return _Text(corpus, tokenizer, batches, windows)
 
 
-class _Loop:
-    """The steps of a run. Metrics are read one step late, so that the device never waits."""
-
-    evaluate: Callable[[TrainState], float]
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        console: Console,
-        network: Network,
-        batches: data.Batches,
-        run: RunDirectory,
-        checkpoints: Checkpoints,
-        stop: StopRequest,
-    ):
-        self.config, self.console = config, console
-        self.network, self.batches = network, batches
-        self.run_directory, self.checkpoints, self.stop = run, checkpoints, stop
-        self.tx = build_optimizer(config)
-        # Emulated devices deadlock at random if the steps of several devices pile up.
-        self.waits_each_step = config.mesh.size > 1 and jax.devices()[0].platform == "cpu"
-        self.names: list[str] = []
-        self.validation_losses: list[float] = []
-        self.start_time = time.perf_counter()
-
-    def prepare(self) -> TrainState:
-        """The state to start from and the compiled step; refuses what cannot be trained."""
-        state = self._initial_state()
-        if int(state.step) >= self.config.steps:
-            raise UserError(
-                f"The run in {self.run_directory.path} has completed {int(state.step)} of "
-                f"{self.config.steps} steps. Give --steps more than {int(state.step)} to train on."
-            )
-        self.names = operand_names(state.scaling)
-        self.compiled, self.gemms, self.compile_seconds = self._compile(state)
-        return state
-
-    def run(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Runs the remaining steps; returns the final state and the summary.
-
-        A signal ends it after the step in progress, with a checkpoint and a summary that says so.
-        """
-        config, directory = self.config, self.run_directory
-        first = int(state.step)
-        if self.stop.agreed(0):
-            return state, self._stop(state, first)
-        if config.resume and directory.writes:
-            directory.drop_metrics_after(first)
-            self.validation_losses = directory.validation_losses()
-        line = ProgressLine(
-            self.console, first, config.steps, live=config.progress, every=config.log_every
-        )
-        board = directory.path / "tensorboard"
-        log = MetricsLog(directory.metrics, board, writes=directory.writes)
-        with contextlib.closing(log), line:
-            reader = StepReader(
-                self.names, log, line, tokens=config.batch_size * config.model.context
-            )
-            for step in range(first + 1, config.steps + 1):
-                state, metrics = self.compiled(state, self._batch(step))
-                reader.next(step, metrics)
-                at_end = step == config.steps
-                evaluates = at_end or _due(step, config.eval_every)
-                saves = at_end or _due(step, config.checkpoint_every)
-                if evaluates or saves or self.waits_each_step:
-                    reader.finish()
-                if evaluates:
-                    self._evaluate(step, state, log, line)
-                if saves:
-                    self.checkpoints.save(state)
-                if evaluates or saves:
-                    reader.restart_clock()
-                if not at_end and self.stop.agreed(step):
-                    reader.finish()
-                    return state, self._stop(state, step)
-        return state, self._summary(reader)
-
-    def _initial_state(self) -> TrainState:
-        """A calibrated fresh state, or the newest checkpoint."""
-        key = jax.random.key(self.config.seed)
-        reduce = self.config.mesh.reduce
-        state = init_state(self.network, self.tx, key, reduce=reduce)
-        if self.config.resume:
-            state = self.checkpoints.restore_latest(state)
-            self.console.print(f"Resuming after step {int(state.step)}.")
-            return state
-        if scaling_of.sites(state.scaling):
-            state, _ = build_calibration(self.network, state)(state, self._batch(1))
-        return state
-
-    def _evaluate(self, step: int, state: TrainState, log: MetricsLog, line: ProgressLine) -> None:
-        loss = self.evaluate(state)
-        self.validation_losses.append(loss)
-        log.write({"step": step, "validation_loss": loss})
-        line.validation(loss)
-
-    def _stop(self, state: TrainState, step: int) -> dict[str, Any]:
-        if step > 0:
-            self.checkpoints.save(state)
-        return {"steps": step, "stopped_by": self.stop.name}
-
-    def _summary(self, reader: StepReader) -> dict[str, Any]:
-        typical = float(np.median(reader.seconds))
-        return {
-            "steps": self.config.steps,
-            "validation_loss": self.validation_losses[-1],
-            "best_validation_loss": min(self.validation_losses),
-            "recipe": self.config.precision.recipe,
-            "gemms": self.gemms._asdict(),
-            "compile_seconds": self.compile_seconds,
-            "median_step_seconds": typical,
-            "tokens_per_second": reader.tokens / typical,
-            "total_seconds": time.perf_counter() - self.start_time,
-        }
-
-    def _batch(self, step: int):
-        def load(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            return self.batches.batch(step - 1, rows)
-
-        return self.network.layout.load_batch(load, self.config.batch_size)
-
-    def _compile(self, state: TrainState):
-        """Compiles the step, and says what its matmuls are before anything is trained."""
-        config = self.config
-        begin = time.perf_counter()
-        step = build_step(self.network, self.tx, state, micro_batches=config.optim.accumulate)
-        lowered = step.lower(state, self._batch(1))
-        gemms = count_gemms(lowered)
-        _require_fp8(config, gemms)
-        compiled = lowered.compile()
-        parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        self.console.print(
-            f"{config.name}: {parameters:,} parameters, recipe {config.precision.recipe}, "
-            f"{config.mesh.size} x {jax.devices()[0].device_kind}. FP8 matmuls in the lowered "
-            f"step: {gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}.",
-            soft_wrap=True,
-        )
-        return compiled, gemms, time.perf_counter() - begin
+def _write_inputs(config: TrainConfig, run: RunDirectory, text: _Text) -> None:
+    run.write_text("config.yaml", dump_config(config))
+    run.write_json("environment.json", environment())
+    run.write_json("data_card.json", text.corpus.card)
+    if run.writes:
+        data.save_tokenizer(text.tokenizer, run.path / "tokenizer.json")
 
 
-def _require_fp8(config: TrainConfig, gemms: GemmCount) -> None:
-    """A run that asks for FP8 and gets none must not pass for one."""
-    precision = config.precision
-    names = (precision.recipe, *(rule.recipe for rule in precision.rules))
-    asked = [name for name in names if get_recipe(name).quantizes]
-    if asked and not gemms.native + gemms.emulated:
-        raise UserError(
-            f"Recipe {asked[0]!r} was asked for, but none of the {gemms.total} matmuls of the "
-            "lowered step multiplies FP8 values. Check precision.rules."
-        )
+def _wandb(config: TrainConfig, run: RunDirectory) -> WandbRun | None:
+    if not (config.wandb and run.writes):
+        return None
+    values = config_to_dict(config)
+    return WandbRun(config.wandb, name=config.name, folder=run.path, config=values)
 
 
-def _stopped(summary: dict[str, Any], run: RunDirectory) -> str:
-    """What to tell somebody whose run a signal has ended."""
-    if not summary["steps"]:
-        return f"Stopped by {summary['stopped_by']} before the first step; nothing was trained."
+def _headline(config: TrainConfig, programs: Programs, params: Any) -> str:
+    """What is trained, in which matmuls, before anything is."""
+    parameters, gemms = sum(x.size for x in jax.tree.leaves(params)), programs.gemms
     return (
-        f"Stopped by {summary['stopped_by']} after step {summary['steps']}; its checkpoint is in "
-        f"{run.checkpoints}. --resume True goes on."
+        f"{config.name}: {parameters:,} parameters, recipe {programs.precision.recipe}, "
+        f"{config.mesh.size} x {jax.devices()[0].device_kind}. FP8 matmuls in the lowered step: "
+        f"{gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}."
     )
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _said(kind: str, fields: dict[str, Any]) -> str:
+    """What a person should read of the events of a start."""
+    said = {
+        "bad_checkpoint": lambda: f"{fields['reason']} Using the one before.",
+        "changed": lambda: f"Changed since the checkpoint: {'; '.join(fields['changes'])}.",
+        "converted": lambda: f"Converted: {' '.join(fields['messages'])}",
+    }
+    return said[kind]() if kind in said else ""
 
 
-def _sample(config: TrainConfig, network: Network, state: TrainState, tokenizer) -> str:
+def _stopped(console: Console, name: str, completed: int, run: RunDirectory) -> dict[str, Any]:
+    """Tells somebody that a signal has ended the run, and returns its summary."""
+    said = (
+        f"Stopped by {name} after step {completed}; its checkpoint is in {run.checkpoints}. "
+        "--resume True goes on."
+        if completed
+        else f"Stopped by {name} before the first step; nothing was trained."
+    )
+    console.print(said, soft_wrap=True)
+    return {"steps": completed, "stopped_by": name}
+
+
+def _summary(
+    config: TrainConfig, trainer: Trainer, table: ProgramTable, log: RunLog, clock: Clock
+) -> dict[str, Any]:
+    reader, losses, seconds = log.reader, trainer.validation_losses, clock.seconds()
+    typical = float(np.median(reader.seconds))
+    ideal = trainer.programs.ideal_seconds
+    return {
+        "steps": trainer.completed,
+        "validation_loss": losses[-1],
+        "best_validation_loss": min(losses),
+        "recipe": trainer.programs.precision.recipe,
+        "gemms": trainer.programs.gemms._asdict(),
+        "median_step_seconds": typical,
+        "tokens_per_second": reader.tokens / typical,
+        "mfu": ideal / typical if ideal else None,
+        "compile_seconds": table.compile_seconds,
+        "total_seconds": sum(seconds.values()),
+        "seconds": seconds,
+        "goodput": clock.goodput,
+        **peak_memory(),
+    }
+
+
+def _sample(config: TrainConfig, trainer: Trainer, tokenizer: data.Tokenizer) -> str:
     """Text that the trained model, whole on one device, writes."""
-    trained = network.layout.on_one_device((state.params, state.scaling))
+    network, state = trainer.programs.network, trainer.state
+    trained = network.layout.on_one_device((state.weights, state.scaling))
     prompt = tokenizer.encode(config.sample_prompt)
     key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
     model = network.merge(*trained)
@@ -273,14 +210,15 @@ def _sample(config: TrainConfig, network: Network, state: TrainState, tokenizer)
     return tokenizer.decode(ids)
 
 
-def _finish(config: TrainConfig, console: Console, run: RunDirectory, summary, sample: str) -> None:
-    """Writes plots, sample and summary, and tells where they are."""
+def _finish(
+    config: TrainConfig, console: Console, run: RunDirectory, summary: dict[str, Any], sample: str
+) -> None:
+    """Writes summary, sample and report, and tells where they are."""
     run.write_json("summary.json", summary)
     if sample:
         run.write_text("samples.txt", sample)
         console.print(f"\nSample:\n{sample}\n", markup=False, highlight=False)
-    if config.plots:
-        _plot(config, console, run)
+    _report(config, console, run)
     console.print(
         f"Validation loss {summary['validation_loss']:.4f} nats per token after "
         f"{summary['steps']} steps, {summary['total_seconds']:.0f} s, "
@@ -289,14 +227,12 @@ def _finish(config: TrainConfig, console: Console, run: RunDirectory, summary, s
     )
 
 
-def _plot(config: TrainConfig, console: Console, run: RunDirectory) -> None:
+def _report(config: TrainConfig, console: Console, run: RunDirectory) -> None:
+    if not (config.plots and run.writes):
+        return
     try:
-        from lowprec_jax.training.plots import plot_health, plot_loss
+        from lowprec_jax.training.report import write_report
 
-        records = run.read_metrics()
-        title = f"{config.name} ({config.precision.recipe})"
-        plot_loss(records, run.path / "loss.png", title)
-        if any("saturated" in record for record in records):
-            plot_health(records, run.path / "health.png", title)
-    except ImportError:
-        console.print("No plots: matplotlib is not installed (pip install 'lowprec-jax[train]').")
+        write_report(run.path)
+    except (ImportError, UserError) as error:
+        console.print(f"No report: {error}", markup=False)

@@ -14,6 +14,7 @@ from flax import nnx
 from lowprec_jax import recipes, state
 from lowprec_jax.models import Transformer, TransformerConfig, next_token_loss, partitioning
 from lowprec_jax.nnx import Scaling, gather_kernels, plan, quantize
+from lowprec_jax.nnx.sites import iter_sites
 from lowprec_jax.ops import Gather, gather
 from lowprec_jax.ops.plan import Plan
 from lowprec_jax.sharding import (
@@ -42,6 +43,7 @@ class Network:
       whole: ``model -> model`` with the sharded parameters that no linear layer gathers by itself
         brought together: what is called.
       loss: ``(model, inputs, targets) -> sum``, the loss of a batch or a part of it, not divided.
+      recipes: the recipe of every site of the scaling state, by path.
     """
 
     layout: Layout
@@ -50,6 +52,7 @@ class Network:
     split: Callable[[nnx.Module], tuple[Tree, Tree]]
     whole: Callable[[nnx.Module], nnx.Module]
     loss: Callable[..., jax.Array]
+    recipes: Mapping[str, recipes.Recipe]
 
 
 def build_network(config: TrainConfig, vocab_size: int) -> Network:
@@ -116,6 +119,7 @@ def lay_out(
         split=split,
         whole=functools.partial(_whole, gathers=others),
         loss=loss,
+        recipes={f"{path}/scaling": site.recipe for path, site in iter_sites(abstract_model)},
     )
 
 

@@ -1,7 +1,6 @@
 """The optimizer of a run and its schedule. Imports no JAX. Public name: `OptimConfig`."""
 
 import dataclasses
-import math
 from typing import Literal, get_args
 
 from lowprec_jax.training.config_checks import (
@@ -63,7 +62,5 @@ class OptimConfig:
         )
         for name in ("b1", "b2", "ema_decay"):
             require_between(name, getattr(self, name), 0, 1)
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"weight_decay is {self.weight_decay}; allowed: 0 or a positive number.",
-        )
+        if self.weight_decay != 0:
+            require_positive("weight_decay", self.weight_decay)

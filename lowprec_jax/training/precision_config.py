@@ -86,5 +86,5 @@ class PrecisionConfig:
 
     def __post_init__(self) -> None:
         require(self.recipe != "", "recipe is empty; give the name of a recipe.")
-        require_at_least("history_length", self.history_length, 1)
-        require_at_least("margin", self.margin, 0)
+        require_between("history_length", self.history_length, 1, 2**16, closed_high=True)
+        require_between("margin", self.margin, 0, 128)  # float32 ends at 2**128

@@ -24,9 +24,10 @@ class RunDirectory:
     ``data_card.json``    what the model was trained on
     ``tokenizer.json``    the tokenizer
     ``metrics.jsonl``     one JSON object a line: every step and every evaluation
+    ``events.jsonl``      what happened: skips, rollbacks, switches of precision, checkpoints
     ``tensorboard/``      the same for TensorBoard, if tensorboardX is installed
     ``checkpoints/``      see `Checkpoints`
-    ``loss.png``, ``health.png``, ``samples.txt``, ``summary.json``  written at the end
+    ``report.html``, ``*.png``, ``samples.txt``, ``summary.json``  written at the end
 
     Args:
       path: the directory; made if it does not exist.
@@ -64,6 +65,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """The log of events."""
+        return self.path / "events.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
@@ -83,15 +89,6 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records of the metrics log; a last line cut off by a kill is left out."""
         return list(_records(self.metrics))
-
-    def validation_losses(self) -> list[float]:
-        """The validation losses that the metrics log holds, in order."""
-        return [r["validation_loss"] for r in self.read_metrics() if "validation_loss" in r]
-
-    def drop_metrics_after(self, step: int) -> None:
-        """Removes what a stopped run logged after the checkpoint it resumes from."""
-        kept = [json.dumps(r) for r in self.read_metrics() if r["step"] <= step]
-        self.write_text(self.metrics.name, "".join(f"{line}\n" for line in kept))
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

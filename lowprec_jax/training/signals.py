@@ -45,6 +45,11 @@ class StopRequest:
         """The signal that came."""
         return self._signal.name if self._signal else "another process"
 
+    @property
+    def here(self) -> bool:
+        """Whether a signal came, where this is the only process and may act on it alone."""
+        return self._signal is not None and jax.process_count() == 1
+
     def agreed(self, step: int) -> bool:
         """Whether to stop before this step; several processes agree on it, every ten steps."""
         mine = self._signal is not None

@@ -31,6 +31,7 @@ class TrainState(NamedTuple):
       scaling: scaling state, nested dicts; no optimizer, norm or decay sees it.
       opt_state: state of the optimizer.
       reduction: state of the FP8 sum of gradients, see `fp8_all_reduce`; empty without.
+      ema: average of the parameters over the steps, f32; empty without.
       step: completed steps, int32 [].
     """
 
@@ -38,7 +39,15 @@ class TrainState(NamedTuple):
     scaling: Any
     opt_state: Any
     reduction: Any
+    ema: Any
     step: jax.Array
+
+    @property
+    def weights(self) -> Tree:
+        """What is evaluated and sampled: the average of the parameters where there is one."""
+        if not self.ema:
+            return self.params
+        return jax.tree.map(lambda mean, x: mean.astype(x.dtype), self.ema, self.params)
 
 
 class StepMetrics(NamedTuple):
@@ -47,18 +56,26 @@ class StepMetrics(NamedTuple):
     Attributes:
       loss: mean next-token loss of the batch, nats.
       grad_norm: global norm of the gradients, before clipping.
-      skipped: 1 if the update was skipped because loss or gradients were not finite.
+      skipped: 1 if the update was skipped because the loss, a gradient or an operand of a quantized
+        product was not finite.
       health: see `lowprec_jax.state.summarize`; None without quantized layers.
+      operands: see `lowprec_jax.state.operand_table`; None without quantized layers.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     skipped: jax.Array
     health: scaling_of.Health | None
+    operands: jax.Array | None
 
 
 def init_state(
-    network: Network, tx: optax.GradientTransformation, key: jax.Array, *, reduce: str = "float32"
+    network: Network,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    reduce: str = "float32",
+    ema: bool = False,
 ) -> TrainState:
     """A fresh state on the devices of the network; its scales are not calibrated yet.
 
@@ -69,14 +86,37 @@ def init_state(
       tx: the optimizer.
       key: random key of the parameters.
       reduce: type in which gradients are summed over devices; "fp8" has state.
+      ema: keep an average of the parameters.
     """
+    return network.layout.init(_init(network, tx, reduce, ema), key)
 
+
+def abstract_state(
+    network: Network,
+    tx: optax.GradientTransformation,
+    *,
+    reduce: str = "float32",
+    ema: bool = False,
+) -> TrainState:
+    """The shapes, types and shardings of `init_state`, without making it."""
+    state = jax.eval_shape(_init(network, tx, reduce, ema), jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        network.layout.shardings(state),
+    )
+
+
+def _init(
+    network: Network, tx: optax.GradientTransformation, reduce: str, ema: bool
+) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
         params, scaling = network.init(key)
         reduction = init_reduction(params) if reduce == "fp8" else {}
-        return TrainState(params, scaling, tx.init(params), reduction, jnp.int32(0))
+        average = optax.tree.cast(params, jnp.float32) if ema else {}
+        return TrainState(params, scaling, tx.init(params), reduction, average, jnp.int32(0))
 
-    return network.layout.init(init, key)
+    return init
 
 
 def build_step(
@@ -85,6 +125,7 @@ def build_step(
     like: TrainState,
     *,
     micro_batches: int = 1,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted training step ``(state, batch) -> (state, metrics)``; the state is donated.
 
@@ -93,6 +134,7 @@ def build_step(
       tx: the optimizer.
       like: a state such as it will be given, arrays or abstract.
       micro_batches: parts of the batch that run one after the other.
+      ema_decay: decay of the average of the parameters, if the state has one.
 
     Returns:
       The step. Its batch is a pair of token ids int32 [batch, context], inputs and targets, put on
@@ -105,7 +147,12 @@ def build_step(
         others = (state.scaling, state.reduction)
         loss, grads, (scaling, reduction) = gradients(state.params, others, batch)
         grad_norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # An infinite operand saturates in the cast, so that loss and gradients can be finite.
+        finite = (
+            jnp.isfinite(loss)
+            & jnp.isfinite(grad_norm)
+            & (scaling_of.nonfinite(state.scaling, scaling) == 0)
+        )
 
         def update(grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
             with jax.numpy_dtype_promotion("standard"):  # Optax's Adam fails under the strict one
@@ -117,12 +164,28 @@ def build_step(
         params, opt_state = jax.lax.cond(
             finite, lambda: update(grads, state.opt_state, state.params), lambda: kept
         )
-        metrics = StepMetrics(
-            loss, grad_norm, (~finite).astype(jnp.int32), scaling_of.summarize(scaling)
+        weight = jnp.where(finite, 1 - _ema_decay(ema_decay, state.step), 0.0)
+        ema = jax.tree.map(
+            lambda mean, x: mean + weight * (x.astype(mean.dtype) - mean),
+            state.ema,
+            params if state.ema else {},
         )
-        return TrainState(params, scaling, opt_state, reduction, state.step + 1), metrics
+        metrics = StepMetrics(
+            loss,
+            grad_norm,
+            (~finite).astype(jnp.int32),
+            scaling_of.summarize(scaling),
+            scaling_of.operand_table(scaling, network.recipes) if network.recipes else None,
+        )
+        return TrainState(params, scaling, opt_state, reduction, ema, state.step + 1), metrics
 
     return layout.compile(step, like)
+
+
+def _ema_decay(decay: float, step: jax.Array) -> jax.Array:
+    """Smaller in the first steps, so that the initial weights are soon forgotten."""
+    done = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + done) / (10 + done))
 
 
 def build_calibration(

@@ -1,3 +1,5 @@
+import math
+import sys
 import time
 
 import numpy as np
@@ -96,6 +98,60 @@ def test_batch__rows_through_make_array_from_callback__are_the_global_batch():
         np.testing.assert_array_equal(array, batches.batch(2)[side])
 
 
+HOST = """
+import sys
+import numpy as np
+from lowprec_jax.data import Batches
+from lowprec_jax.sharding import Layout, make_mesh
+from lowprec_jax.training.process_settings import DistributedConfig
+from lowprec_jax.training.processes import start_processes
+
+with start_processes(DistributedConfig(timeout_seconds=60)) as processes:
+    layout = Layout.of({}, [], make_mesh(*map(int, sys.argv[2:])))
+    batches = Batches(np.arange(1000), batch_size=8, context=7, seed=3)
+    asked = []
+
+    def load(rows):
+        asked.extend(range(rows.start, rows.stop))
+        return batches.batch(2, rows)
+
+    sides = layout.load_batch(load, 8)
+    shards = [(s.index[0].indices(8)[:2], s.data) for x in sides for s in x.addressable_shards]
+    np.savez(
+        f"{sys.argv[1]}/{processes.index}.npz",
+        asked=asked,
+        ends=[ends for ends, _ in shards],
+        rows=[np.asarray(data) for _, data in shards],
+        shape=sides[0].shape,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("hosts", "mesh"), [(1, (4,)), (2, (2, 2)), (4, (4,)), (4, (2, 1, 2))], ids=str
+)
+def test_load_batch__hosts_of_a_run__load_disjoint_rows_of_the_same_global_batch(
+    tmp_path, hosts, mesh
+):
+    """As training loads them. Hosts that share rows (a tensor axis between them) load the same."""
+    pytest.importorskip("jax")
+    from lowprec_jax.cli.launch import launch
+
+    words = [sys.executable, "-c", HOST, str(tmp_path), *map(str, mesh)]
+    assert launch(words, processes=hosts, devices=4 // hosts) == 0
+    copies = max(hosts * math.prod(mesh[2:]) // 4, 1)  # hosts that need the same rows
+    expected = make(batch_size=8).batch(2)
+    asked = []
+    for index in range(hosts):
+        host = np.load(tmp_path / f"{index}.npz")
+        asked += host["asked"].tolist()
+        assert host["shape"].tolist() == [8, 7]
+        halves = len(host["ends"]) // 2
+        for k, (ends, rows) in enumerate(zip(host["ends"], host["rows"], strict=True)):
+            np.testing.assert_array_equal(rows, expected[k // halves][slice(*ends)])
+    assert sorted(asked) == sorted([*range(8)] * copies)
+
+
 class _CountsReads(np.ndarray):
     """Tokens that count how many of them are read."""
 
@@ -127,11 +183,38 @@ def test_batch__corpus_of_one_window__is_that_window():
 
 
 def test_batch__step_of_a_million__is_reached_in_under_a_second():
-    batches = make()
+    tokens = np.arange(10**6, dtype=np.uint16)
     start = time.perf_counter()
-    batches.batch(10**6)
+    batches = make(tokens)
+    found = batches.batch(10**6)
     batches.batch(2**64 - 1)
     assert time.perf_counter() - start < 1.0
+    counter = np.array([0, 0, 10**6, 0], np.uint64)
+    words = np.random.Philox(key=np.array([3, 0], np.uint64), counter=counter).random_raw(5)
+    starts = [int(word) % (10**6 - 7) for word in words]
+    np.testing.assert_array_equal(found[0], [tokens[s : s + 7] for s in starts])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_batch__saved_after_40_steps__goes_on_bit_for_bit_across_the_end_of_an_epoch(
+    tmp_path, hosts
+):
+    """The number of the step is all that is saved; another number of hosts takes over."""
+    tokens = np.random.default_rng(0).integers(0, 256, 1400, dtype=np.uint8)
+    assert 40 * 4 * 8 < tokens.size < 48 * 4 * 8  # as many tokens are drawn as there are
+    np.save(tmp_path / "tokens.npy", tokens)
+    straight = [make(tokens, batch_size=4, context=8).batch(step) for step in range(48)]
+    (tmp_path / "cursor").write_text("40", encoding="utf-8")
+
+    first = int((tmp_path / "cursor").read_text(encoding="utf-8"))
+    rows = [slice(i * 4 // hosts, (i + 1) * 4 // hosts) for i in range(hosts)]
+    for step in range(first, first + 8):
+        parts = []
+        for part in rows:  # each host starts anew
+            batches = make(np.load(tmp_path / "tokens.npy"), batch_size=4, context=8)
+            parts.append(batches.batch(step, rows=part))
+        joined = [np.concatenate(side) for side in zip(*parts, strict=True)]
+        np.testing.assert_array_equal(joined, straight[step])
 
 
 @pytest.mark.parametrize(

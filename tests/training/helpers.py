@@ -1,6 +1,8 @@
 """Tiny runs: two layers, width 32, context 16. Plain functions that the tests import."""
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ from lowprec_jax.recipes import Column, Role
 from lowprec_jax.state import sites
 from lowprec_jax.training.config import (
     DataConfig,
+    GuardConfig,
+    HealthConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -34,6 +38,8 @@ def tiny_config(
     source: str = "unused",
     devices: int = 1,
     mesh: dict[str, Any] | None = None,
+    guard: dict[str, Any] | None = None,
+    health: dict[str, Any] | None = None,
     **changes: Any,
 ) -> TrainConfig:
     sizes = {"num_layers": 2, "num_heads": 2, "width": 32, "mlp_width": 48, "context": CONTEXT}
@@ -45,6 +51,8 @@ def tiny_config(
         precision=PrecisionConfig(recipe=recipe, **(precision or {})),
         optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),
         mesh=MeshConfig(**{"data": devices, **(mesh or {})}),
+        guard=GuardConfig(**(guard or {})),
+        health=HealthConfig(**(health or {})),
     )
 
 
@@ -85,6 +93,20 @@ def copy(state: TrainState) -> TrainState:
 def by_path(tree: Any) -> dict[str, np.ndarray]:
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(jax.device_get(x)) for path, x in flat}
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The records of a run without what depends on the speed of the machine."""
+    times = ("seconds", "tokens_per_second", "data_seconds", "mfu")
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
+def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The events of a run, all or of some kinds."""
+    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    found = map(json.loads, lines)
+    return [event for event in found if not kinds or event["event"] in kinds]
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:

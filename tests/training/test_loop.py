@@ -6,7 +6,6 @@ import math
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lowprec_jax.cli.config_file import load_config
@@ -14,17 +13,18 @@ from lowprec_jax.data import load_tokenizer
 from lowprec_jax.errors import UserError
 from lowprec_jax.training.config import RuleConfig, TrainConfig
 from lowprec_jax.training.loop import train
-from lowprec_jax.training.metrics import MAX_SKIPPED, MetricsLog, StepReader
 from lowprec_jax.training.run_directory import RunDirectory
-from lowprec_jax.training.step import StepMetrics
 
 FILES = {
     "checkpoints",
     "config.yaml",
     "data_card.json",
     "environment.json",
+    "events.jsonl",
     "loss.png",
     "metrics.jsonl",
+    "report.html",
+    "report.png",
     "samples.txt",
     "summary.json",
     "tokenizer.json",
@@ -49,7 +49,7 @@ def test_run__its_directory__holds_every_file(runs):
         names = {path.name for path in run.iterdir()} - {"tensorboard"}
         assert names == (FILES | {"health.png"} if is_fp8(runs) else FILES)
         checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
-        assert checkpoints == {"4", "8"}
+        assert checkpoints == {"6", "8"}  # the newest two; each was the best when it was saved
 
 
 def test_run__metrics__have_every_step_and_every_evaluation_once(runs):
@@ -143,15 +143,6 @@ def test_run_directory__last_line_cut_off__is_left_out(tmp_path):
     assert RunDirectory(str(tmp_path), resume=True).read_metrics() == [{"step": 1}, {"step": 2}]
 
 
-def test_run_directory__drop_after_a_step__keeps_the_rest_in_order(tmp_path):
-    lines = ['{"step": 1, "a": 0.1}', '{"step": 2}', '{"step": 2, "b": 3}', '{"step": 3}', '{"x']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    run = RunDirectory(str(tmp_path), resume=True)
-    run.drop_metrics_after(2)
-    kept = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
-    assert kept == "".join(f"{line}\n" for line in lines[:3])
-
-
 def test_run_directory__resume_with_nothing_there__is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing_here holds no run to resume"):
         RunDirectory(str(tmp_path / "nothing_here"), resume=True)
@@ -169,58 +160,3 @@ def test_run_directory__a_file_is_in_the_way__is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Cannot make the run directory .*file"):
         RunDirectory(str(tmp_path / "file" / "run"), resume=False)
-
-
-class Shown:
-    def __init__(self):
-        self.steps = []
-
-    def update(self, record):
-        self.steps.append(record["step"])
-
-
-def metrics_of(*, skipped: int) -> StepMetrics:
-    return StepMetrics(np.float32(1.5), np.float32(0.5), np.int32(skipped), None)
-
-
-def test_step_reader__reads_one_step_late__and_misses_none(tmp_path):
-    log, shown = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard"), Shown()
-    reader = StepReader([], log, shown, tokens=7)
-    for step in (1, 2, 3):
-        reader.next(step, metrics_of(skipped=0))
-        assert shown.steps == list(range(1, step))
-    reader.finish()
-    reader.finish()
-    log.close()
-    assert shown.steps == [1, 2, 3]
-    assert len(reader.seconds) == 3
-    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
-
-
-def test_step_reader__too_many_skipped_in_a_row__stops_the_run(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
-    reader = StepReader([], log, Shown(), tokens=7)
-    skipped = [1] * (MAX_SKIPPED - 1) + [0] + [1] * MAX_SKIPPED
-    for step, value in enumerate(skipped, 1):
-        reader.next(step, metrics_of(skipped=value))
-    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} steps in a row.*step 40"):
-        reader.finish()
-    log.close()
-
-
-def test_metrics_log__number_that_is_not_finite__is_null_so_that_the_file_is_json(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
-    log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "worst": "head", "skipped": 1})
-    log.close()
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
-    assert json.loads(text, parse_constant=refuse) == {
-        "step": 1,
-        "loss": None,
-        "grad_norm": None,
-        "worst": "head",
-        "skipped": 1,
-    }

@@ -1,7 +1,6 @@
 """A signal ends a run after the step in progress; what it leaves goes on as if never stopped."""
 
 import dataclasses
-import json
 import os
 import signal
 import threading
@@ -9,16 +8,10 @@ import threading
 import pytest
 
 from lowprec_jax.cli import main as cli
-from lowprec_jax.training import loop
-from lowprec_jax.training.metrics import StepReader
+from lowprec_jax.training import loop, programs
 from lowprec_jax.training.signals import EXIT_STOPPED, StopRequest
-
-
-def records(run):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    timed = ("seconds", "tokens_per_second")
-    found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if k not in timed} for record in found]
+from lowprec_jax.training.step_reader import StepReader
+from training.helpers import metrics_of
 
 
 @pytest.fixture
@@ -28,10 +21,10 @@ def signal_at(monkeypatch):
     def install(number, step):
         plain = StepReader.next
 
-        def next_(self, at, metrics):
+        def next_(self, at, metrics, also=None):
             if at == step:
                 os.kill(os.getpid(), number)
-            plain(self, at, metrics)
+            return plain(self, at, metrics, also)
 
         monkeypatch.setattr(StepReader, "next", next_)
 
@@ -49,27 +42,27 @@ def test_signal__in_a_step__saves_and_the_resumed_run_is_the_straight_one(
     assert signal.getsignal(number) == before
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert "3" in names
-    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in metrics_of(tmp_path / "run") if "loss" in r] == [1, 2, 3]
     assert not (tmp_path / "run" / "summary.json").exists()
 
     monkeypatch.undo()
     resumed = loop.train(dataclasses.replace(config, resume=True))
     straight = loop.train(dataclasses.replace(config, run_dir=str(tmp_path / "straight")))
     assert resumed["validation_loss"] == straight["validation_loss"]
-    assert records(tmp_path / "run") == records(tmp_path / "straight")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "straight")
 
 
 def test_signal__before_the_first_step__leaves_a_directory_that_can_be_started_in(
     run_config, tmp_path, monkeypatch, capsys
 ):
     config = run_config(tmp_path / "run", plots=False, sample_tokens=0, steps=3)
-    compile_ = loop._Loop._compile
+    build = programs.build_programs
 
-    def interrupted(self, state):
+    def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return compile_(self, state)
+        return build(*args, **options)
 
-    monkeypatch.setattr(loop._Loop, "_compile", interrupted)
+    monkeypatch.setattr(programs, "build_programs", interrupted)
     assert loop.train(config) == {"steps": 0, "stopped_by": "SIGTERM"}
     assert "nothing was trained" in capsys.readouterr().out
     monkeypatch.undo()
