@@ -61,11 +61,19 @@ def current_amax(
     }
     axes = compat.reduction_axes(operands.values(), ())
     if axes and amax and recipe.amax_scope == "global":
-        reduced = lax.pmax(jnp.stack(list(amax.values())), axes)
+        reduced = largest_amax(jnp.stack(list(amax.values())), axes)
         return {role: reduced[i] for i, role in enumerate(amax)}
     if sharded is not None and sharded.is_manual and Role.RHS in amax:
-        amax[Role.RHS] = lax.pmax(amax[Role.RHS], sharded.axes)
+        amax[Role.RHS] = largest_amax(amax[Role.RHS], sharded.axes)
     return amax
+
+
+def largest_amax(amax: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`lax.pmax` of amaxes; a NaN on one device makes it Inf on all.
+
+    XLA:CPU's all-reduce (JAX 0.10.2) may lose a NaN, and with it that a device was broken.
+    """
+    return lax.pmax(jnp.where(jnp.isnan(amax), jnp.inf, amax), axes)
 
 
 def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax import compat
+from lowprec_jax.ops.operands import largest_amax
 from lowprec_jax.recipes import Column, advance_state, merge_observations
 
 Tree = Any
@@ -113,7 +114,7 @@ def _reduce(seen: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
     """One `pmax` for all amaxes and one `psum` for all counts."""
     rows = [x.reshape(-1, len(Column)) for x in seen]
     stacked = jnp.concatenate(rows)
-    amax = lax.pmax(stacked[:, Column.AMAX], axes)
+    amax = largest_amax(stacked[:, Column.AMAX], axes)
     counts = lax.psum(stacked[:, Column.AMAX + 1 :], axes)
     reduced = jnp.concatenate([amax[:, None], counts], axis=1)
     ends = [0]

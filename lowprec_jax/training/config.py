@@ -96,7 +96,7 @@ class TrainConfig:
     plots: bool = True
     """Write report.html and the curves as PNG files at the end."""
     profile_start: int = 0
-    """Steps before a profile is recorded."""
+    """Steps after the start, or after a resume, before a profile is recorded."""
     profile_steps: int = 0
     """Steps that are profiled, for TensorBoard or Perfetto; 0: none."""
     wandb: str = ""
@@ -134,6 +134,7 @@ class TrainConfig:
         require(self.sample_prompt != "", "sample_prompt is empty; give one character or more.")
         self._check_schedule()
         self._check_batch()
+        self._check_health()
 
     @property
     def run_path(self) -> str:
@@ -152,6 +153,14 @@ class TrainConfig:
             begins == sorted(set(begins)) and all(0 < begin < self.steps for begin in begins),
             f"precision.phases begin after steps {begins}; they must rise, from 1 or more to less "
             f"than steps {self.steps}.",
+        )
+
+    def _check_health(self) -> None:
+        history, age = self.precision.history_length, self.health.scale_age
+        require(
+            age > history,
+            f"health.scale_age {age} is not above precision.history_length {history}, the age that "
+            f"the scale of a healthy run reaches. Use {history + 1} or more.",
         )
 
     def _check_batch(self) -> None:

@@ -12,6 +12,8 @@ from lowprec_jax.training.config_checks import (
     require_positive,
 )
 
+MAX_WINDOW = 2**16  # losses that every checkpoint holds
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
@@ -44,8 +46,8 @@ class GuardConfig:
         require_positive("sigma", self.sigma)
         require_at_least("min_window", self.min_window, 2)
         require(
-            self.window >= self.min_window,
-            f"window {self.window} is below min_window {self.min_window}; make it as large.",
+            self.min_window <= self.window <= MAX_WINDOW,
+            f"window is {self.window}; allowed: min_window {self.min_window} to {MAX_WINDOW}.",
         )
 
 
@@ -55,11 +57,11 @@ class HealthConfig:
 
     every: int = 25
     """Steps between reports of all operands; 0: none."""
-    saturated: float = 0.01
+    saturated: float = 0.002
     """Alarm above this fraction of clipped elements."""
-    underflow: float = 0.5
+    underflow: float = 0.1
     """Alarm above this fraction of elements that rounded to zero."""
-    scale_age: int = 1000
+    scale_age: int = 100
     """Alarm above this many steps without a change of the scale."""
     sqnr_every: int = 0
     """Steps between comparisons of all gradients with those in high precision; 0: none."""

@@ -79,9 +79,7 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
         console.print(_headline(config, trainer.programs, trainer.state.params), soft_wrap=True)
         with (
             Watchdog(config.stall_timeout, run.path / "stacks.txt") as watchdog,
-            ProfileWindow(
-                config.profile_start, config.profile_steps, run.path / "profile"
-            ) as profile,
+            _profile_window(config, run, trainer.completed) as profile,
             RunLog(
                 config,
                 run,
@@ -144,6 +142,12 @@ def _wandb(config: TrainConfig, run: RunDirectory) -> WandbRun | None:
     return WandbRun(config.wandb, name=config.name, folder=run.path, config=values)
 
 
+def _profile_window(config: TrainConfig, run: RunDirectory, completed: int) -> ProfileWindow:
+    """Of the first process, counted from where this start of the run begins."""
+    steps = config.profile_steps if run.writes else 0
+    return ProfileWindow(completed + config.profile_start, steps, run.path / "profile")
+
+
 def _headline(config: TrainConfig, programs: Programs, params: Any) -> str:
     """What is trained, in which matmuls, before anything is."""
     parameters, gemms = sum(x.size for x in jax.tree.leaves(params)), programs.gemms
@@ -179,7 +183,7 @@ def _stopped(console: Console, name: str, completed: int, run: RunDirectory) -> 
 def _summary(
     config: TrainConfig, trainer: Trainer, table: ProgramTable, log: RunLog, clock: Clock
 ) -> dict[str, Any]:
-    reader, losses, seconds = log.reader, trainer.validation_losses, clock.seconds()
+    reader, losses, seconds = log.reader, trainer.memory.validation_losses, clock.seconds()
     typical = float(np.median(reader.seconds))
     ideal = trainer.programs.ideal_seconds
     return {

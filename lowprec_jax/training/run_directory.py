@@ -43,7 +43,10 @@ class RunDirectory:
         self.path, self.writes = Path(path), writes
         if not writes:
             return
-        begun = self.metrics.exists()
+        try:
+            begun = self.metrics.exists()
+        except OSError as error:
+            raise UserError(f"{path!r} cannot be a run directory: {error}.") from None
         if begun and not resume:
             raise UserError(
                 f"{self.path} holds a run already. Add --resume True to go on with it, or choose "

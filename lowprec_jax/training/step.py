@@ -164,12 +164,7 @@ def build_step(
         params, opt_state = jax.lax.cond(
             finite, lambda: update(grads, state.opt_state, state.params), lambda: kept
         )
-        weight = jnp.where(finite, 1 - _ema_decay(ema_decay, state.step), 0.0)
-        ema = jax.tree.map(
-            lambda mean, x: mean + weight * (x.astype(mean.dtype) - mean),
-            state.ema,
-            params if state.ema else {},
-        )
+        ema = _next_average(state.ema, params, ema_decay, state.step)
         metrics = StepMetrics(
             loss,
             grad_norm,
@@ -182,10 +177,16 @@ def build_step(
     return layout.compile(step, like)
 
 
-def _ema_decay(decay: float, step: jax.Array) -> jax.Array:
-    """Smaller in the first steps, so that the initial weights are soon forgotten."""
+def _next_average(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
+    """The average with the parameters of a step in it.
+
+    The decay is smaller in the first steps, so that the initial weights are soon forgotten.
+    """
+    if not ema:
+        return ema
     done = step.astype(jnp.float32)
-    return jnp.minimum(decay, (1 + done) / (10 + done))
+    weight = 1 - jnp.minimum(decay, (1 + done) / (10 + done))
+    return jax.tree.map(lambda mean, x: mean + weight * (x.astype(mean.dtype) - mean), ema, params)
 
 
 def build_calibration(

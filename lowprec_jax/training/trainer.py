@@ -6,17 +6,16 @@ import jax
 import numpy as np
 
 from lowprec_jax import data
-from lowprec_jax.config_text import config_to_dict
 from lowprec_jax.errors import TrainingFailedError, UserError
-from lowprec_jax.training.alarms import Alarms
 from lowprec_jax.training.checkpoint import Checkpoints, Found
 from lowprec_jax.training.config import TrainConfig
 from lowprec_jax.training.efficiency import Clock
-from lowprec_jax.training.guard import Guard, Verdict
+from lowprec_jax.training.guard import Verdict
+from lowprec_jax.training.memory import Memory
 from lowprec_jax.training.metrics_log import Record
 from lowprec_jax.training.profile_window import ProfileWindow
 from lowprec_jax.training.programs import Programs, ProgramTable
-from lowprec_jax.training.promotion import Promotion, suspects
+from lowprec_jax.training.promotion import suspects
 from lowprec_jax.training.resume import refuse_changes
 from lowprec_jax.training.run_log import RunLog
 from lowprec_jax.training.shadow import sqnr_record
@@ -33,8 +32,8 @@ Event = tuple[str, dict[str, Any]]
 class Trainer:
     """Trains, evaluates, saves, and goes back where a step went wrong.
 
-    Everything that decides the next step is in a checkpoint: the arrays of the state, and in its
-    manifest the number of the next batch and what guard, alarms and promotion remember.
+    Everything that decides the next step is in a checkpoint: the arrays of the state, and the
+    `Memory` in its manifest.
 
     Args:
       config: the run.
@@ -48,7 +47,7 @@ class Trainer:
       state: the training state.
       programs: what it runs on.
       completed: completed steps.
-      validation_losses: of all evaluations.
+      memory: what else decides the next step.
     """
 
     state: TrainState
@@ -67,10 +66,7 @@ class Trainer:
         self._table, self._batches, self._checkpoints = table, batches, checkpoints
         self._stop, self._clock = stop, clock
         self.completed = 0
-        self._next_batch = 0  # equal to `completed` until a rollback
-        self.validation_losses: list[float] = []
-        self._guard, self._alarms = Guard(config.guard), Alarms(config.health)
-        self._promotion = Promotion(config.guard.promote_steps)
+        self.memory = Memory(config)
         self._promoted: frozenset[str] = frozenset()
         self._verdict = Verdict.OK
         self._owes_save = False
@@ -85,11 +81,12 @@ class Trainer:
         Returns:
           Events ``(kind, fields)`` for the log.
         """
-        self.completed, self.validation_losses = 0, []
+        self.completed, self.memory.validation_losses = 0, []
         self.programs = self._programs()
-        self.state = self.programs.init()
-        if self.programs.names:
-            self.state = self.programs.calibrate(self.state, self._load())
+        with self._clock.measure("compile"):
+            self.state = self.programs.init()
+            if self.programs.names:
+                self.state = self.programs.calibrate(self.state, self._load())
         return [("start", {"recipe": self.programs.precision.recipe})]
 
     def resume(self) -> list[Event]:
@@ -114,10 +111,7 @@ class Trainer:
                 f"The run in {where} has completed {done} of {self.config.steps} steps. Give "
                 f"--steps more than {done} to train on."
             )
-        self._next_batch = about["batch"]
-        self._guard = Guard.restore(self.config.guard, about["guard"])
-        self._alarms = Alarms.restore(self.config.health, about["alarms"])
-        self._promotion = Promotion.restore(self.config.guard.promote_steps, about["promotion"])
+        self.memory = Memory.restore(self.config, about)
         converted = self._restore(found)
         events: list[Event] = [("bad_checkpoint", {"reason": text}) for text in found.damaged]
         events.append(("resume", {"recipe": self.programs.precision.recipe}))
@@ -148,8 +142,8 @@ class Trainer:
                 self._go_back()
                 continue
             self._checkpoints.check()
-            if self._patience_is_over():
-                log.event(self.completed, "early_stop", best=min(self.validation_losses))
+            if self.memory.patience_is_over:
+                log.event(self.completed, "early_stop", best=min(self.memory.validation_losses))
                 return "stopped early"
             if self.completed < self.config.steps and self._stop.agreed(self.completed):
                 return self._end_for_signal()
@@ -163,7 +157,8 @@ class Trainer:
         also = self._compare(step, batch)
         with self._clock.measure("step"), self._profile.step(step, self.state):
             self.state, metrics = self.programs.step(self.state, batch)
-            self.completed, self._next_batch = step, self._next_batch + 1
+            self.completed = step
+            self.memory.next_batch += 1
             self._judge(self._log.reader.next(step, metrics, also))
             at_end = step == config.steps
             evaluates = at_end or _due(step, config.eval_every)
@@ -173,7 +168,7 @@ class Trainer:
         if self._verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return
         loss = self._evaluate() if evaluates else None
-        best = loss is not None and config.keep_best and loss <= min(self.validation_losses)
+        best = loss is not None and config.keep_best and loss <= min(self.memory.validation_losses)
         if saves or best:
             self._save(loss, at_end=at_end)
 
@@ -190,15 +185,19 @@ class Trainer:
         """Lets guard and alarms see a record."""
         if record is None:
             return
-        step, guard = record["step"], self._guard
+        step, guard = record["step"], self.memory.guard
         self._verdict = guard.observe(record)
         if not guard.sound:
             kind = "skip" if record["skipped"] else "spike"
             numbers = {"loss": record["loss"], "grad_norm": record["grad_norm"]}
             self._log.event(step, kind, guard.reason, **numbers, limit=guard.limit)
         if "operands" in record:
-            for event in self._alarms.check(step, record["operands"]):
-                self._log.event(event.pop("step"), event.pop("event"), **event)
+            self._hear(step, record["operands"])
+
+    def _hear(self, step: int, operands: Record) -> None:
+        """Logs the alarms that a report of all operands raises and ends."""
+        for alarm in self.memory.alarms.check(step, operands):
+            self._log.event(step, alarm.pop("kind"), **alarm)
 
     def _evaluate(self) -> float | None:
         """The validation loss; None if a signal came before it was known."""
@@ -210,13 +209,9 @@ class Trainer:
         with self._clock.measure("evaluation"):
             loss = self.programs.evaluate(self.state, interrupted)
         if loss is not None:
-            self.validation_losses.append(loss)
+            self.memory.validation_losses.append(loss)
             self._log.validation(self.completed, loss)
         return loss
-
-    def _patience_is_over(self) -> bool:
-        patience, losses = self.config.early_stopping, self.validation_losses
-        return patience > 0 and len(losses) - 1 - int(np.argmin(losses or [0])) >= patience
 
     def _end_for_signal(self) -> str:
         """Saves what is there, verified, because a signal came."""
@@ -231,20 +226,12 @@ class Trainer:
 
     def _save(self, validation_loss: float | None = None, *, at_end: bool = False) -> None:
         """Saves, unless the last step was not sound: then after the next that is."""
-        self._owes_save = not (self._guard.sound or at_end)
+        self._owes_save = not (self.memory.guard.sound or at_end)
         if self._owes_save:
             return
-        self._guard.saved(self.completed)
-        about = {
-            "config": config_to_dict(self.config),
-            "batch": self._next_batch,
-            "validation_losses": self.validation_losses,
-            "guard": self._guard.state(),
-            "alarms": self._alarms.state(),
-            "promotion": self._promotion.state(),
-        }
+        self.memory.guard.saved(self.completed)
         with self._clock.measure("checkpoint"):
-            self._checkpoints.save(self.state, about, validation_loss=validation_loss)
+            self._checkpoints.save(self.state, self.memory.state(), validation_loss=validation_loss)
         fields: dict[str, Any] = {}
         if validation_loss is not None:
             fields["validation_loss"] = validation_loss
@@ -252,7 +239,7 @@ class Trainer:
 
     def _go_back(self) -> None:
         """Restores the last good state and goes on with the data after what went wrong."""
-        guard, log = self._guard, self._log
+        guard, log = self.memory.guard, self._log
         failed, reason = guard.step, guard.reason
         if self._verdict is Verdict.STOP:
             log.event(failed, "stop", reason=reason)
@@ -262,7 +249,7 @@ class Trainer:
         found = newest(skip=guard.skip_checkpoints) or newest()
         to = found.manifest.step if found else 0
         guard.rolled_back(to, found.manifest.about["guard"] if found else None)
-        promoted = self._promotion.promote(layers, to)
+        promoted = self.memory.promotion.promote(layers, to)
         with self._watchdog.paused(f"the rollback to step {to}"):
             if found:
                 self._restore(found)
@@ -279,7 +266,8 @@ class Trainer:
     def _restore(self, found: Found) -> list[str]:
         """Puts a checkpoint in the place of the state; returns what was converted."""
         self.completed = found.manifest.step
-        self.validation_losses = list(found.manifest.about["validation_losses"])
+        losses = found.manifest.about["validation_losses"]
+        self.memory.validation_losses = list(losses)
         self.programs = self._programs()
         self.state, messages = read_state(self._checkpoints, found, self.programs, self._load)
         return messages
@@ -289,7 +277,7 @@ class Trainer:
     def _enter_precision(self) -> None:
         """Switches to the precision of the next step, with scales that are warm."""
         before, self.programs = self.programs, self._programs()
-        promoted = self._promotion.paths(self.completed)
+        promoted = self.memory.promotion.paths(self.completed)
         if demoted := sorted(self._promoted - promoted):
             self._log.event(self.completed, "demotion", paths=demoted)
         self._promoted = promoted
@@ -297,19 +285,21 @@ class Trainer:
             return
         with self._watchdog.paused(f"the switch of precision before step {self.completed + 1}"):
             self.state = switch_state(self.state, self.programs, self._load)
+        if not self.programs.names:
+            self._hear(self.completed, {})  # no operands, no alarms
         self._log.precision(self.programs)
         self._log.event(self.completed, "phase", recipe=self.programs.precision.recipe)
 
     def _programs(self) -> Programs:
         """What runs the step after the completed ones."""
         with self._clock.measure("compile"):
-            return self._table.at(self.completed, self._promotion.paths(self.completed))
+            return self._table.at(self.completed, self.memory.promotion.paths(self.completed))
 
     def _load(self) -> Batch:
         """The next batch, on the devices; each host loads its rows."""
 
         def load(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            return self._batches.batch(self._next_batch, rows)
+            return self._batches.batch(self.memory.next_batch, rows)
 
         return self.programs.network.layout.load_batch(load, self.config.batch_size)
 

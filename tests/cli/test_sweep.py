@@ -179,7 +179,10 @@ def test_sweep__signal__reaches_the_run_once_and_none_is_left(folder, number):
     try:
         while not (folder / "ready").exists() or not (folder / "ready").read_text():
             assert process.poll() is None
-        os.killpg(process.pid, number)  # as a terminal does
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()

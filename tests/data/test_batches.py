@@ -7,6 +7,8 @@ import pytest
 
 from lowprec_jax.data import Batches, ByteTokenizer, DataError, validation_windows
 
+pytestmark = pytest.mark.reliability
+
 
 def make(tokens=None, *, batch_size=5, context=7, seed=3):
     tokens = np.arange(1000) if tokens is None else tokens

@@ -1,7 +1,7 @@
 """A step that goes wrong: what it must not touch, and how the run gets over it.
 
-Faults come from outside: a token that is not in the vocabulary makes one activation NaN; a weight of
-the running state is multiplied by 2**10.
+Faults come from outside: a token that is not in the vocabulary makes one activation NaN; a weight
+of the running state is multiplied by 2**10.
 """
 
 import math
@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from training.helpers import events_of, metrics_of
 
 from lowprec_jax import data
 from lowprec_jax.errors import TrainingFailedError
 from lowprec_jax.state import sites
 from lowprec_jax.training.loop import train
 from lowprec_jax.training.trainer import Trainer
-from training.helpers import events_of, metrics_of
 
 pytestmark = pytest.mark.reliability
 OUTPUTS = {"plots": False, "sample_tokens": 0}
@@ -112,7 +112,9 @@ def test_nan__in_all_data__stops_with_a_report(run_config, tmp_path, nan_in_batc
     run = tmp_path / "run"
     nan_in_batches(*range(2, 100))
     guard = {"max_skipped": 2, "max_rollbacks": 2}
-    with pytest.raises(TrainingFailedError, match=r"Rolled back without lasting progress") as caught:
+    with pytest.raises(
+        TrainingFailedError, match=r"Rolled back without lasting progress"
+    ) as caught:
         train(run_config(run, steps=40, guard=guard, plots=True, sample_tokens=0))
     assert "optim.learning_rate" in str(caught.value)
     assert len(events_of(run, "rollback")) == 2

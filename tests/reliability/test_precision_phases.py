@@ -1,14 +1,14 @@
-"""Switches of precision inside one run: no jump of the loss, and a resume at the switch is exact."""
+"""Switches of precision inside one run: no jump of the loss; a resume at a switch is exact."""
 
 import dataclasses
 
 import numpy as np
 import pytest
+from training.helpers import events_of, metrics_of, tiny_config
 
 from lowprec_jax.training.config import PhaseConfig, RuleConfig
 from lowprec_jax.training.loop import train
 from lowprec_jax.training.phases import precision_at
-from training.helpers import events_of, metrics_of, tiny_config
 
 pytestmark = pytest.mark.reliability
 OUTPUTS = {"plots": False, "sample_tokens": 0, "eval_every": 0}

@@ -24,6 +24,8 @@ from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.fingerprint import fingerprint, fingerprints
 from lowprec_jax.training.state_leaves import abstract, kind, leaves_of
 
+pytestmark = pytest.mark.reliability
+
 
 class State(NamedTuple):
     params: Any

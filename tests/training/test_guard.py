@@ -14,6 +14,8 @@ from lowprec_jax.errors import UserError
 from lowprec_jax.training.guard import Guard, Verdict
 from lowprec_jax.training.guard_config import GuardConfig
 
+pytestmark = pytest.mark.reliability
+
 OK, SKIPPED, SPIKE = Verdict.OK, Verdict.SKIPPED, Verdict.SPIKE
 ROLL_BACK, STOP = Verdict.ROLL_BACK, Verdict.STOP
 NAN = math.nan

@@ -11,6 +11,8 @@ from lowprec_jax.errors import UserError
 from lowprec_jax.training.loop import train
 from training.helpers import assert_same_bits, events_of, metrics_of
 
+pytestmark = pytest.mark.reliability
+
 
 def stored(run: Path, step: int):
     """The arrays of a checkpoint, read with Orbax alone; it warns that it has to guess a layout."""

@@ -13,6 +13,8 @@ from lowprec_jax.training.signals import EXIT_STOPPED, StopRequest
 from lowprec_jax.training.step_reader import StepReader
 from training.helpers import metrics_of
 
+pytestmark = pytest.mark.reliability
+
 
 @pytest.fixture
 def signal_at(monkeypatch):

@@ -10,6 +10,8 @@ import pytest
 
 from lowprec_jax.training.watchdog import EXIT_STALLED, Watchdog
 
+pytestmark = pytest.mark.reliability
+
 START = """
 import ctypes, sys, threading, time
 from pathlib import Path
