@@ -1,6 +1,9 @@
-"""Eight emulated CPU devices, strict dtype promotion: set before JAX starts its backend."""
+"""Set before JAX starts: emulated devices, strict dtype promotion, one cache of compiled programs."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA:CPU sizes its thread pool by cores: too few threads for the collectives of emulated devices.
@@ -11,6 +14,14 @@ _FLAGS = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=60",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+
+# A program that several runs, workers or child processes use is compiled once a session. The cache
+# starts empty, so nothing is compared with what an earlier session compiled. Workers inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lowprec_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 

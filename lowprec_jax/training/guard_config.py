@@ -23,14 +23,14 @@ class GuardConfig:
     """Non-finite updates, which are never applied, without a sound step between them before a
     rollback."""
     sigma: float = 6.0
-    """A loss this many standard deviations above the mean of the last ones is a spike; the
-    deviation counts as 1/256 of the mean, and of 1 nat, at least."""
+    """A loss this many deviations (1.48 median absolute ones) above the median of the last ones is
+    a spike; the deviation counts as 1/256 of the median, and of 1 nat, at least."""
     window: int = 128
     """Losses that a spike is measured against, only sound ones; also the steps beyond a failure at
     which a checkpoint forgives the rollbacks."""
     min_window: int = 64
     """Losses that must be known before one can be a spike."""
-    max_spikes: int = 3
+    max_spikes: int = 2
     """Spikes without a sound step between them before a rollback."""
     max_rollbacks: int = 3
     """Rollbacks without progress before the run stops with a report; 0: stop at the first."""

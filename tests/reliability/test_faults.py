@@ -5,6 +5,7 @@ of the running state is multiplied by 2**10.
 """
 
 import math
+import warnings
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from training.helpers import events_of, metrics_of
 
 from lowprec_jax import data
 from lowprec_jax.errors import TrainingFailedError
+from lowprec_jax.recipes import Role
 from lowprec_jax.state import sites
 from lowprec_jax.training.loop import train
 from lowprec_jax.training.trainer import Trainer
@@ -74,7 +76,8 @@ def test_nan__in_one_activation__costs_one_step_and_poisons_nothing(
     assert all(map(np.array_equal, *map(jax.tree.leaves, kept)))
     # The broken amaxes are dropped; at the next step every history moves again.
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(states[5]))
-    assert any(map(np.array_equal, histories(states[4]), histories(states[5])))
+    for before, after in zip(histories(states[4]), histories(states[5]), strict=True):
+        np.testing.assert_array_equal(after[..., Role.LHS, :], before[..., Role.LHS, :])
     for before, after in zip(histories(states[5]), histories(states[6]), strict=True):
         assert (after[..., 1:] == before[..., :-1]).all()
     assert losses[6]["scale_age"] < losses[5]["scale_age"] + 2
@@ -84,7 +87,8 @@ def test_nan__in_one_activation__costs_one_step_and_poisons_nothing(
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert saved == [1, 2, 3, 4, 6, 7, 8]
     for step in saved:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer() as checkpointer, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it has to guess where the arrays go
             arrays = checkpointer.restore((run / "checkpoints" / str(step) / "state").absolute())
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in arrays.values())
 
@@ -138,21 +142,17 @@ def scale_a_weight(monkeypatch, at_step: int, factor: float = 2.0**10) -> None:
 
 
 def test_weight_times_1024__is_detected_and_rolled_back__and_the_loss_is_that_of_a_clean_run(
-    run_config, tmp_path, monkeypatch, request
+    run_config, tmp_path, monkeypatch
 ):
-    """Final losses are means over the last 20 steps, as one step's is noise."""
-    steps = 240
-    options = {"steps": steps, "eval_every": 0, "checkpoint_every": 20, "batch_size": 16, **OUTPUTS}
-
-    def final(run) -> float:
-        losses = [r["loss"] for r in metrics_of(run) if "loss" in r]
-        assert len(losses) == steps
-        return float(np.mean(losses[-20:]))
-
-    train(run_config(tmp_path / "clean", **options))
-    scale_a_weight(monkeypatch, 131)
-    train(run_config(tmp_path / "hit", **options))
+    """Final losses are over the whole validation split, whose text is like that of training."""
+    options = {"steps": 400, "eval_every": 0, "eval_windows": None, "checkpoint_every": 20}
+    options |= {"batch_size": 32, **OUTPUTS}
+    clean = train(run_config(tmp_path / "clean", **options))["validation_loss"]
+    scale_a_weight(monkeypatch, 231)
+    hit = train(run_config(tmp_path / "hit", **options))["validation_loss"]
     [rollback] = events_of(tmp_path / "hit", "rollback")
-    assert 120 == rollback["to"] < rollback["step"] <= 131 + 4
-    clean, hit = final(tmp_path / "clean"), final(tmp_path / "hit")
-    assert math.isclose(hit, clean, rel_tol=0.01), (hit, clean)
+    assert 220 == rollback["to"] < rollback["step"] <= 231 + 4
+    steps = [r["step"] for r in metrics_of(tmp_path / "hit") if "loss" in r]
+    assert steps == list(range(1, 401))
+    print(f"validation {hit:.4f}, clean {clean:.4f} ({hit / clean - 1:+.2%})")
+    assert math.isclose(hit, clean, rel_tol=0.01)

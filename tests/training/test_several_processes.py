@@ -34,6 +34,17 @@ STEPS, SAVE_EVERY = 20, 10
 FSDP = MeshConfig(data=2, fsdp=4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_process_compiles():
+    """Only process 0 writes to a cache of programs: without it the processes are alike, as in use.
+
+    JAX reads the variable when it starts, so that only processes which a test starts obey it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(text_file) -> TrainConfig:
     """Twenty steps on eight devices; the learning rate does not depend on their number."""
