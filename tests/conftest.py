@@ -1,4 +1,4 @@
-"""Set before JAX starts: emulated devices, strict dtype promotion, one cache of compiled programs."""
+"""Before JAX starts: emulated devices, strict promotion, one cache of compiled programs."""
 
 import atexit
 import os

@@ -75,6 +75,7 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
         if stop.agreed(0):
             return _stopped(console, stop.name, trainer.completed, run)
         # Only now: what may still be refused leaves the files of an earlier run as they are.
+        run.make()
         _write_inputs(config, run, text)
         console.print(_headline(config, trainer.programs, trainer.state.params), soft_wrap=True)
         with (

@@ -30,13 +30,12 @@ class RunDirectory:
     ``report.html``, ``*.png``, ``samples.txt``, ``summary.json``  written at the end
 
     Args:
-      path: the directory; made if it does not exist.
+      path: the directory.
       resume: go on with the run that is there.
       writes: if not, as in all processes of a run but the first, nothing is checked or written.
 
     Raises:
-      UserError: a finished or stopped run is there and `resume` is not asked for, or the reverse;
-        or the directory cannot be made.
+      UserError: a finished or stopped run is there and `resume` is not asked for, or the reverse.
     """
 
     def __init__(self, path: str, *, resume: bool, writes: bool = True):
@@ -57,6 +56,15 @@ class RunDirectory:
                 f"{self.path} holds no run to resume. Check --run_dir and --name, or start without "
                 "--resume."
             )
+
+    def make(self) -> None:
+        """Makes the directory; from here on files are written.
+
+        Raises:
+          UserError: it cannot be made.
+        """
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

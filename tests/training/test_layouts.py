@@ -199,7 +199,7 @@ def test_init__sharded__no_device_ever_holds_the_whole_model(mesh):
 
     def init(key):
         params, scaling = network.init(key)
-        return TrainState(params, scaling, tx.init(params), {}, jnp.int32(0))
+        return TrainState(params, scaling, tx.init(params), {}, {}, jnp.int32(0))
 
     memory = network.layout.initializer(init, key).lower(key).compile().memory_analysis()
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init, key)))

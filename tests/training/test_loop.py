@@ -159,4 +159,4 @@ def test_run_directory__a_run_is_there__is_refused(tmp_path):
 def test_run_directory__a_file_is_in_the_way__is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Cannot make the run directory .*file"):
-        RunDirectory(str(tmp_path / "file" / "run"), resume=False)
+        RunDirectory(str(tmp_path / "file" / "run"), resume=False).make()
