@@ -200,11 +200,11 @@ class Trainer:
             self._log.event(step, alarm.pop("kind"), **alarm)
 
     def _evaluate(self) -> float | None:
-        """The validation loss; None if a signal came before it was known."""
+        """The validation loss; None if a signal came before it was known. The last one is made."""
 
         def interrupted() -> bool:
             self._watchdog.beat(f"the evaluation after step {self.completed}")
-            return self._stop.here
+            return self._stop.here and self.completed < self.config.steps
 
         with self._clock.measure("evaluation"):
             loss = self.programs.evaluate(self.state, interrupted)
@@ -257,7 +257,8 @@ class Trainer:
                 self.begin()
             self._checkpoints.forget_after(to)
         log.rewind(to)
-        self._verdict = Verdict.OK
+        log.precision(self.programs)
+        self._verdict, self._owes_save = Verdict.OK, False
         message = f"Step {failed}: {reason}. Back to step {to}, and on with later data."
         log.event(failed, "rollback", message, to=to, reason=reason, operands=layers)
         for path, until in promoted.items():

@@ -21,6 +21,12 @@ from lowprec_jax.training.process_settings import EXIT_PEER_LOST, PEER_LOST_PREF
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def without_cache(monkeypatch):
+    """A cache of compiled programs that processes share would be one more way to fail."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+
+
 def child(tmp_path: Path, body: str) -> list[str]:
     """A command whose `index` is that of the process."""
     script = tmp_path / "child.py"
@@ -232,7 +238,11 @@ with start_processes(DistributedConfig(timeout_seconds=60)) as processes:
     )(rows)
     print(processes.count, processes.is_first, jax.device_count(), jax.local_device_count())
     print(float(total.addressable_data(0)[0]), flush=True)
+    if index == 0:
+        (folder / "printed").touch()
     if "killed" in sys.argv and index == 1:
+        while not (folder / "printed").exists():  # what it printed is looked at
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     if "killed" in sys.argv:
         time.sleep(60)

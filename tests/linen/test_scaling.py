@@ -25,9 +25,10 @@ def quantized(recipe="fp8_delayed"):
 
 
 def trained(model, x, steps=3):
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    value_and_grad = jax.jit(lp.linen.value_and_grad(sum_of_squares(model)))
     for i in range(steps):
-        _, grads = lp.linen.value_and_grad(sum_of_squares(model))(variables, (i + 1) * x)
+        _, grads = value_and_grad(variables, (i + 1) * x)
         variables = {**grads, "params": variables["params"]}
     return variables
 

@@ -146,13 +146,18 @@ def test_weight_times_1024__is_detected_and_rolled_back__and_the_loss_is_that_of
 ):
     """Final losses are over the whole validation split, whose text is like that of training."""
     options = {"steps": 400, "eval_every": 0, "eval_windows": None, "checkpoint_every": 20}
-    options |= {"batch_size": 32, **OUTPUTS}
+    options |= {"batch_size": 32, "guard": {"promote_steps": 30}, **OUTPUTS}
     clean = train(run_config(tmp_path / "clean", **options))["validation_loss"]
     scale_a_weight(monkeypatch, 231)
     hit = train(run_config(tmp_path / "hit", **options))["validation_loss"]
     [rollback] = events_of(tmp_path / "hit", "rollback")
     assert 220 == rollback["to"] < rollback["step"] <= 231 + 4
-    steps = [r["step"] for r in metrics_of(tmp_path / "hit") if "loss" in r]
-    assert steps == list(range(1, 401))
+    records = [r for r in metrics_of(tmp_path / "hit") if "loss" in r]
+    assert [r["step"] for r in records] == list(range(1, 401))
+    # What was clipped is in high precision for a while, and only that.
+    [promotion] = events_of(tmp_path / "hit", "promotion")
+    assert promotion["paths"] == ["blocks/mlp/down"]
+    during, after = (records[step - 1]["operands"] for step in (250, 275))
+    assert len(after) - len(during) == 2 * len(Role)
     print(f"validation {hit:.4f}, clean {clean:.4f} ({hit / clean - 1:+.2%})")
     assert math.isclose(hit, clean, rel_tol=0.01)

@@ -4,8 +4,10 @@ Corruption is made in the files, as disks and people make it; the arrays are com
 saved.
 """
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -371,6 +373,55 @@ def test_save__disk_full__says_so_and_the_last_good_one_is_intact(tmp_path, monk
     monkeypatch.undo()
     with checkpoints:
         assert checkpoints.newest().manifest.step == 1
+
+
+def test_save__no_more_room_for_files__says_so_and_the_last_good_one_is_intact(tmp_path):
+    """Files may not grow: what Orbax writes fails as on a full disk, inside its own threads."""
+    saved(tmp_path, 1)
+    state = state_of(2)
+    noise = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(UserError, match="step 2 could not be made") as caught:  # noqa: PT012
+            checkpoints.save(state._replace(scaling={"amax": jnp.asarray(noise)}), {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "The newest one is of step 1" in str(caught.value)
+    with checkpoints:
+        assert checkpoints.newest().manifest.step == 1
+        checkpoints.save(state_of(3), {})  # there is room again
+        assert checkpoints.newest().manifest.step == 3
+
+
+def test_save__directory_is_read_only__says_so_and_the_last_good_one_is_intact(tmp_path):
+    saved(folder := tmp_path / "checkpoints", 1)
+    checkpoints = Checkpoints(folder, keep=1)
+    with as_a_user_without_rights(folder), pytest.raises(UserError, match="step 2 could not be"):  # noqa: PT012
+        checkpoints.save(state_of(2), {})
+        checkpoints.wait()
+    with checkpoints:
+        assert checkpoints.newest().manifest.step == 1
+
+
+@contextlib.contextmanager
+def as_a_user_without_rights(folder: Path):
+    """The directory cannot be written to; root, who may write anywhere, becomes somebody else."""
+    is_root = os.geteuid() == 0
+    folder.chmod(0o555)
+    for parent in folder.parents[:4]:
+        if is_root and parent.stat().st_uid == 0 and parent != parent.parent:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
 
 
 def test_save__folder_cannot_be_made__says_so_at_once(tmp_path):

@@ -111,7 +111,9 @@ def run(mesh: MeshConfig, recipe: str):
     rule = get_recipe("none") if recipe == "none" else rule
     network = lay_out(lambda key: quantize(Mlp(key), rule), loss, mesh, RULES)
     layout = network.layout
-    state = layout.init(lambda: TrainState(*network.init(jax.random.key(0)), {}, {}, jnp.int32(0)))
+    state = layout.init(
+        lambda: TrainState(*network.init(jax.random.key(0)), {}, {}, {}, jnp.int32(0))
+    )
     if sites(state.scaling):
         state, _ = build_calibration(network, state)(state, layout.put_batch(batch_of(0)))
     step = layout.jit(build_gradients(network))

@@ -4,11 +4,15 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 
 import pytest
 
+from lowprec_jax import data
 from lowprec_jax.cli import main as cli
+from lowprec_jax.sharding import Layout
 from lowprec_jax.training import loop, programs
+from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.signals import EXIT_STOPPED, StopRequest
 from lowprec_jax.training.step_reader import StepReader
 from training.helpers import metrics_of
@@ -69,6 +73,73 @@ def test_signal__before_the_first_step__leaves_a_directory_that_can_be_started_i
     assert "nothing was trained" in capsys.readouterr().out
     monkeypatch.undo()
     assert loop.train(config)["steps"] == 3
+
+
+def interrupts(monkeypatch, owner, name: str, number: int) -> None:
+    """Sends SIGTERM when a function is called for the given time, before it does its work."""
+    plain, calls = getattr(owner, name), []
+
+    def wrapped(*args, **options):
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+# Phase -> what is running when the signal comes, and the steps that are completed in the end.
+# Batches: one calibrates, so that the fifth is that of step 4.
+PHASES = {
+    "compile": (programs, "build_programs", 1, 0),
+    "data_wait": (data.Batches, "batch", 5, 4),
+    "step": (StepReader, "next", 3, 3),
+    "evaluation": (Layout, "put_batch", 1, 2),
+    "save": (Checkpoints, "save", 1, 2),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_signal__in_any_phase__ends_the_run_in_time_with_a_good_checkpoint(
+    phase, run_config, tmp_path, monkeypatch
+):
+    owner, name, number, completed = PHASES[phase]
+    interrupts(monkeypatch, owner, name, number)
+    received = []
+    remember = StopRequest._remember
+    monkeypatch.setattr(
+        StopRequest,
+        "_remember",
+        lambda self, *args: (received.append(time.monotonic()), remember(self, *args))[1],
+    )
+    run = tmp_path / "run"
+    summary = loop.train(run_config(run, plots=False, sample_tokens=0))
+    assert time.monotonic() - received[0] < 30
+    assert summary == {"steps": completed, "stopped_by": "SIGTERM"}
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        found = checkpoints.newest()
+    assert (found.manifest.step if found else 0) == completed
+
+
+def test_signal__second_one_in_a_save__costs_no_checkpoint(run_config, tmp_path, monkeypatch):
+    """The second Ctrl-C ends the process as usual; the checkpoint before is as it was."""
+    run = tmp_path / "run"
+    config = run_config(run, plots=False, sample_tokens=0, eval_every=0, checkpoint_every=2)
+    publish = Checkpoints._publish
+
+    def slow(self, folder, step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        publish(self, folder, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_publish", slow)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config)
+    monkeypatch.undo()
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        assert checkpoints.newest().damaged == []
+    assert loop.train(dataclasses.replace(config, resume=True))["steps"] == 8
 
 
 def test_main__run_that_a_signal_stopped__has_an_exit_code_of_its_own(monkeypatch):
