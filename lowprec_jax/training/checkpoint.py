@@ -57,7 +57,9 @@ class Checkpoints:
         self._ocp = ocp
         self._directory = directory.absolute()
         self._keep, self._keep_best, self._writes = keep, keep_best, writes
-        self._checkpointer = ocp.StandardCheckpointer()
+        # In the background, a folder that cannot be made leaves threads that wait for ten minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.StandardCheckpointer(async_options=options)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._publishing: Future[None] | None = None
         self._saved: set[int] = set()  # steps that this process has written or read
@@ -95,6 +97,7 @@ class Checkpoints:
         try:
             if self._writes:
                 _delete(folder)  # a damaged one, or what a kill left
+                folder.mkdir(parents=True)
             self._checkpointer.save(folder / "state", arrays)
         except Exception as error:
             raise self._failure(step, error) from error

@@ -142,9 +142,11 @@ def scale_a_weight(monkeypatch, at_step: int, factor: float = 2.0**10) -> None:
 
 
 def test_weight_times_1024__is_detected_and_rolled_back__and_the_loss_is_that_of_a_clean_run(
-    run_config, tmp_path, monkeypatch
+    run_config, tmp_path, monkeypatch, request
 ):
     """Final losses are over the whole validation split, whose text is like that of training."""
+    if not request.config.getoption("--full-matrix"):
+        pytest.skip("nightly: --full-matrix")
     options = {"steps": 400, "eval_every": 0, "eval_windows": None, "checkpoint_every": 20}
     options |= {"batch_size": 32, "guard": {"promote_steps": 30}, **OUTPUTS}
     clean = train(run_config(tmp_path / "clean", **options))["validation_loss"]

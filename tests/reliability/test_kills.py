@@ -52,7 +52,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 200.0) -> 
 
 
 def test_sigkill__at_random_instants__every_restart_goes_on(run_config, tmp_path, request):
-    kills = 20 if request.config.getoption("--full-matrix") else 3
+    kills = 20 if request.config.getoption("--full-matrix") else 2
     run, rng = tmp_path / "run", np.random.default_rng(0)
     config = run_config(
         run,

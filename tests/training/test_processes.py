@@ -237,7 +237,9 @@ def test_meet__processes_that_disagree__all_say_how(second, problem):
     everyone = [ProcessSettings("127.0.0.1", port, 3, i) for i in (0, 1)]
     everyone.append(ProcessSettings("127.0.0.1", port, second.count, second.index))
     with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(meet, settings, config) for settings in everyone]
+        futures = [pool.submit(meet, settings, config) for settings in everyone[:2]]
+        time.sleep(0.5)  # one that comes after process 0 has ended hears nothing of it
+        futures.append(pool.submit(meet, everyone[2], config))
         errors = [future.exception(timeout=20) for future in futures]
     assert all(isinstance(error, UserError) and problem in str(error) for error in errors)
 

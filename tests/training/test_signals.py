@@ -75,6 +75,16 @@ def test_signal__before_the_first_step__leaves_a_directory_that_can_be_started_i
     assert loop.train(config)["steps"] == 3
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """A job in the background of a shell ignores SIGINT; here both signals act as usual."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def interrupts(monkeypatch, owner, name: str, number: int) -> None:
     """Sends SIGTERM when a function is called for the given time, before it does its work."""
     plain, calls = getattr(owner, name), []
@@ -130,7 +140,9 @@ def test_signal__second_one_in_a_save__costs_no_checkpoint(run_config, tmp_path,
     def slow(self, folder, step, *rest):
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # two at once would be one
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
         publish(self, folder, step, *rest)
 
     monkeypatch.setattr(Checkpoints, "_publish", slow)

@@ -376,4 +376,4 @@ def test_shard_map_in_the_loss__one_probe_for_all_devices__error_asks_for_copies
         return region(params, live, x, c)
 
     with pytest.raises(ValueError, match=r"one copy for all devices.*copies=devices"):
-        jax.grad(loss, argnums=(0, 1))(WEIGHTS, state.make_probes(tree), X, C)
+        jax.eval_shape(jax.grad(loss, argnums=(0, 1)), WEIGHTS, state.make_probes(tree), X, C)
