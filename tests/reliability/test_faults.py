@@ -156,9 +156,10 @@ def test_weight_times_1024__is_detected_and_rolled_back__and_the_loss_is_that_of
     assert 220 == rollback["to"] < rollback["step"] <= 231 + 4
     records = [r for r in metrics_of(tmp_path / "hit") if "loss" in r]
     assert [r["step"] for r in records] == list(range(1, 401))
-    # What was clipped is in high precision for a while, and only that.
+    # What is clipped when the guard acts is in high precision for a while, and only that. It is the
+    # layer after the broken one, whose own scale has followed the weight by then.
     [promotion] = events_of(tmp_path / "hit", "promotion")
-    assert promotion["paths"] == ["blocks/mlp/down"]
+    assert promotion["paths"] == ["blocks/attention/qkv"]
     during, after = (records[step - 1]["operands"] for step in (250, 275))
     assert len(after) - len(during) == 2 * len(Role)
     print(f"validation {hit:.4f}, clean {clean:.4f} ({hit / clean - 1:+.2%})")
