@@ -113,6 +113,8 @@ class Trainer:
             )
         self.memory = Memory.restore(self.config, about)
         converted = self._restore(found)
+        # A damaged one would count among the newest that stay, in the place of a good one.
+        self._checkpoints.forget_after(done)
         events: list[Event] = [("bad_checkpoint", {"reason": text}) for text in found.damaged]
         events.append(("resume", {"recipe": self.programs.precision.recipe}))
         events += [("changed", {"changes": changed})] if changed else []

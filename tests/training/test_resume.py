@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lowprec_jax.errors import UserError
+from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.loop import train
 from training.helpers import assert_same_bits, events_of, metrics_of
 
@@ -140,3 +141,15 @@ def test_resume__newest_checkpoint_damaged__goes_on_from_the_one_before(
     assert [r["step"] for r in metrics_of(run) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     [event] = events_of(run, "bad_checkpoint")
     assert "manifest.json" in event["reason"]
+
+
+def test_resume__newest_checkpoint_damaged__does_not_push_out_the_good_ones(
+    fp8_run, run_config, tmp_path
+):
+    """With one to keep, the damaged one of step 4 must not be it once step 3 is saved."""
+    run = shutil.copytree(fp8_run, tmp_path / "run")
+    (run / "checkpoints" / "4" / "state" / "_METADATA").write_text("{}")
+    options = {"plots": False, "sample_tokens": 0, "keep_checkpoints": 1, "keep_best": False}
+    train(run_config(run, steps=3, resume=True, **options))
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        assert checkpoints.newest().manifest.step == 3
