@@ -1,6 +1,6 @@
 """Layers that train in high precision for a while after a rollback. Imports no JAX.
 
-Public names: `Promotion`, `Changes`, `suspects`, `layer_of`.
+Public names: `Promotion`, `suspects`, `layer_of`.
 """
 
 import re
@@ -9,25 +9,13 @@ from typing import Any, NamedTuple, Self
 
 from lowprec_jax.errors import UserError
 
-__all__ = ["Changes", "Promotion", "layer_of", "suspects"]
+__all__ = ["Promotion", "layer_of", "suspects"]
 
 # Longest promotion, in units of the first.
 LONGEST = 8
 
 # An operand of a report: amax, scale, saturated, underflow, non-finite count, age of the scale.
 Row = Sequence[float | None]
-
-
-class Changes(NamedTuple):
-    """Paths of layers that change their precision before a step, in order.
-
-    Attributes:
-      promoted: from now on in high precision.
-      demoted: from now on in that of the rules again.
-    """
-
-    promoted: list[str]
-    demoted: list[str]
 
 
 class _Stay(NamedTuple):
@@ -81,16 +69,6 @@ class Promotion:
     def paths(self, completed: int) -> frozenset[str]:
         """The layers in high precision in the step after `completed` ones."""
         return frozenset(path for path, stay in self._stays.items() if completed < stay.until)
-
-    def changes(self, completed: int, before: Iterable[str]) -> Changes:
-        """What changes now.
-
-        Args:
-          completed: completed steps.
-          before: `paths` that have been in force until now.
-        """
-        now, old = self.paths(completed), frozenset(before)
-        return Changes(sorted(now - old), sorted(old - now))
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON."""

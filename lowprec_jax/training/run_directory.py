@@ -1,11 +1,9 @@
 """The files of a run: config, environment, metrics, plots, samples, checkpoints."""
 
-import contextlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -96,17 +94,6 @@ class RunDirectory:
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path / name)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All records of the metrics log; a last line cut off by a kill is left out."""
-        return list(_records(self.metrics))
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
 
 
 def environment() -> dict[str, Any]:

@@ -138,11 +138,6 @@ def test_run__prompt_the_tokenizer_cannot_encode__is_refused_before_training(run
 # The parts of a run directory.
 
 
-def test_run_directory__last_line_cut_off__is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste', encoding="utf-8")
-    assert RunDirectory(str(tmp_path), resume=True).read_metrics() == [{"step": 1}, {"step": 2}]
-
-
 def test_run_directory__resume_with_nothing_there__is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing_here holds no run to resume"):
         RunDirectory(str(tmp_path / "nothing_here"), resume=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowprec_jax.errors import UserError
-from lowprec_jax.training.promotion import Changes, Promotion, layer_of, suspects
+from lowprec_jax.training.promotion import Promotion, layer_of, suspects
 
 UP, DOWN = "blocks/mlp/up", "blocks/mlp/down"
 
@@ -75,20 +75,6 @@ def test_paths__at_an_earlier_step__are_still_promoted():
     promotion = Promotion(100)
     promotion.promote([UP], 1000)
     assert promotion.paths(800) == {UP}
-
-
-def test_changes__from_step_to_step__are_those_of_the_paths():
-    promotion = Promotion(2)
-    promotion.promote([UP, DOWN], 5)
-    promotion.promote([UP], 6)
-    found, before = [], frozenset()
-    for completed in range(5, 12):
-        found.append(promotion.changes(completed, before))
-        before = promotion.paths(completed)
-    none = Changes([], [])
-    assert found == [
-        Changes([DOWN, UP], []), none, Changes([], [DOWN]), none, none, Changes([], [UP]), none
-    ]  # fmt: skip
 
 
 CALLS = st.lists(
