@@ -5,6 +5,9 @@ Limits are typed in from the OCP specifications and the vendors' tables, not der
 
 import dataclasses
 import functools
+import importlib
+import logging
+import warnings
 from typing import NamedTuple
 
 import gfloat
@@ -12,6 +15,7 @@ import gfloat.formats
 import gfloat.types
 import ml_dtypes
 import numpy as np
+import pytest
 
 
 class Limits(NamedTuple):
@@ -40,6 +44,35 @@ PUBLISHED_LIMITS = {
     "bf16": Limits((2 - 2**-7) * 2.0**127, 2.0**-126, 2.0**-133, 2**-7, 2, 254, True),
     "f16": Limits(65504.0, 2**-14, 2**-24, 2**-10, 2, 2046, True),
     "f32": Limits((2 - 2**-23) * 2.0**127, 2.0**-126, 2.0**-149, 2**-23, 2, 2**24 - 2, True),
+    "e2m1": Limits(6.0, 1.0, 0.5, 1 / 2, 0, 0, True),
+    "e2m3": Limits(7.5, 1.0, 0.125, 1 / 8, 0, 0, True),
+    "e3m2": Limits(28.0, 0.25, 0.0625, 1 / 4, 0, 0, True),
+    "int4": Limits(7.0, 1.0, 1.0, 1 / 4, 0, 0, False),
+    "int8": Limits(127.0, 1.0, 1.0, 1 / 64, 0, 0, False),
+    "int16": Limits(32767.0, 1.0, 1.0, 2**-14, 0, 0, False),
+    "mxint8": Limits(1.984375, 1 / 64, 1 / 64, 1 / 64, 0, 0, False),
+    "nf4": Limits(1.0, 0.07958029955625534, 0.07958029955625534, 0.30380719900131226, 0, 0, False),
+}
+for _bits in {*range(2, 17)} - {4, 8, 16}:
+    _max = 2 ** (_bits - 1) - 1
+    PUBLISHED_LIMITS[f"int{_bits}"] = Limits(float(_max), 1.0, 1.0, 2.0 ** (2 - _bits), 0, 0, False)
+
+# Formats that `ml_dtypes` has. Those of 4 and 6 bits have one code in a byte, in the low bits.
+ML_DTYPES = {
+    "e4m3fn": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e4m3": ml_dtypes.float8_e4m3,
+    "e3m4": ml_dtypes.float8_e3m4,
+    "e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "e4m3b11fnuz": ml_dtypes.float8_e4m3b11fnuz,
+    "e8m0fnu": ml_dtypes.float8_e8m0fnu,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
 }
 
 _E4M3 = gfloat.formats.format_info_ocp_e4m3
@@ -60,6 +93,9 @@ GFLOAT_FORMATS = {
     "bf16": gfloat.formats.format_info_bfloat16,
     "f16": gfloat.formats.format_info_binary16,
     "f32": gfloat.formats.format_info_binary32,
+    "e2m1": gfloat.formats.format_info_ocp_e2m1,
+    "e2m3": gfloat.formats.format_info_ocp_e2m3,
+    "e3m2": gfloat.formats.format_info_ocp_e3m2,
 }
 
 TORCH_DTYPES = {
@@ -120,18 +156,62 @@ def clip(x: np.ndarray, limit: float) -> np.ndarray:
     return np.where(np.abs(x) > limit, np.copysign(limit, x), x)
 
 
-def gfloat_cast(x: np.ndarray, name: str) -> np.ndarray:
+def gfloat_info(exponent_bits: int, mantissa_bits: int, bias: int) -> gfloat.types.FormatInfo:
+    """gfloat's description of a format without Inf and NaN."""
+    return dataclasses.replace(
+        gfloat.formats.format_info_ocp_e3m2,
+        name="finite",
+        k=1 + exponent_bits + mantissa_bits,
+        precision=mantissa_bits + 1,
+        bias=bias,
+    )
+
+
+def gfloat_cast(x: np.ndarray, fmt: "str | gfloat.types.FormatInfo") -> np.ndarray:
     """Codes (u64) of gfloat's own rounding, nearest even, saturating."""
-    info = GFLOAT_FORMATS[name]
+    info = GFLOAT_FORMATS[fmt] if isinstance(fmt, str) else fmt
     wide = f64(x)
     with np.errstate(all="ignore"):
         rounded = gfloat.round_ndarray(info, wide, gfloat.types.RoundMode.TiesToEven, sat=True)
         return gfloat.encode_ndarray(info, rounded)
 
 
+def float_magnitudes(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarray:
+    """f64: the magnitudes of a format without Inf and NaN, by code: the IEEE 754 formula."""
+    exponent = np.arange(2**exponent_bits, dtype=np.float64)[:, None]
+    fraction = np.arange(2**mantissa_bits, dtype=np.float64) / 2**mantissa_bits
+    hidden = (exponent > 0).astype(np.float64)
+    return ((hidden + fraction) * 2.0 ** (np.maximum(exponent, 1) - bias)).ravel()
+
+
+def nearest(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Places in an f64 grid of the values nearest to `x`; ties to the even place."""
+    x = np.asarray(x, np.float64)
+    high = np.clip(np.searchsorted(grid, x), 1, len(grid) - 1)
+    low = high - 1
+    x = np.clip(x, grid[0], grid[-1])
+    below, above = x - grid[low], grid[high] - x
+    up = (above < below) | ((above == below) & (high % 2 == 0))
+    return np.where(up, high, low)
+
+
+def mixed_magnitudes(smallest: float, largest: float, size: int = 2**20) -> np.ndarray:
+    """f32 [size]: both signs, binades from `smallest` / 8 to 8 `largest`, the special values."""
+    rng = np.random.default_rng(11)
+    exponents = rng.uniform(np.log2(smallest) - 3, np.log2(largest) + 3, size)
+    x = (rng.choice([-1.0, 1.0], size) * 2.0**exponents).astype(np.float32)
+    special = special_values()
+    x[: len(special)] = special
+    return x
+
+
 def ties(dtype) -> np.ndarray:
+    """`grid_ties` of the finite values of an 8- or 16-bit type."""
+    return grid_ties(finite_values(dtype))
+
+
+def grid_ties(values: np.ndarray) -> np.ndarray:
     """f32: format values, midpoints between neighbours, overflow ties, each with ±1 ulp."""
-    values = finite_values(dtype)
     step = values[-1] - values[-2]
     beyond = np.array([values[-1] + step / 2, values[-1] + step])
     points = np.concatenate([values, (values[:-1] + values[1:]) / 2, beyond, -beyond])
@@ -227,3 +307,68 @@ def range_counts(x: np.ndarray, scale, dtype) -> RangeCounts:
         underflow=int(np.sum((decoded == 0) & (x != 0))),
         nonfinite=int(np.sum(~np.isfinite(x))),
     )
+
+
+@functools.cache
+def torchao(module: str):
+    """torch and a module of torchao, or a skip; its import warns of C++ operators of no use."""
+    reason = "the torchao oracle needs the extra 'oracle'"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            torch = pytest.importorskip("torch", reason=reason)
+            pytest.importorskip("torchao", reason=reason)
+            return torch, importlib.import_module(f"torchao.{module}")
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def torchao_mx(x: np.ndarray, name: str, rule: str, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """u8 scales and u8 elements of `to_mx`, along the last axis; e2m1 elements in packed pairs."""
+    torch, mx = torchao("prototype.mx_formats.mx_tensor")
+    elements = {
+        "e4m3fn": torch.float8_e4m3fn,
+        "e5m2": torch.float8_e5m2,
+        "e2m3": mx.DTYPE_FP6_E2M3,
+        "e3m2": mx.DTYPE_FP6_E3M2,
+        "e2m1": torch.float4_e2m1fn_x2,
+    }
+    mode = mx.ScaleCalculationMode[rule.upper()]
+    scales, data = mx.to_mx(torch.from_numpy(x.copy()), elements[name], block, mode)
+    return scales.view(torch.uint8).numpy(), data.view(torch.uint8).numpy()
+
+
+def torchao_nvfp4(x: np.ndarray, global_scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """u8 scales and u8 packed pairs of `nvfp4_quantize`, along the last of two axes."""
+    torch, nvfp4 = torchao("prototype.mx_formats.nvfp4_tensor")
+    scale = torch.tensor(global_scale, dtype=torch.float32)
+    scales, data = nvfp4.nvfp4_quantize(torch.from_numpy(x.copy()), 16, scale)
+    return scales.view(torch.uint8).numpy(), data.numpy()
+
+
+_ELEMENT_DTYPES = {
+    "e4m3fn": (8, ml_dtypes.float8_e4m3fn),
+    "e5m2": (8, ml_dtypes.float8_e5m2),
+    "e2m3": (6, ml_dtypes.float6_e2m3fn),
+    "e3m2": (6, ml_dtypes.float6_e3m2fn),
+    "e2m1": (4, ml_dtypes.float4_e2m1fn),
+}
+
+
+def element_values(codes: np.ndarray, name: str) -> np.ndarray:
+    """f64 values of u8 codes of an MX element format."""
+    return f64(codes.view(_ELEMENT_DTYPES[name][1]))
+
+
+def element_codes(x: np.ndarray, name: str) -> np.ndarray:
+    """u8 codes of the nearest elements of an MX format, ties to even, saturating, by search."""
+    if name == "mxint8":
+        return np.clip(np.rint(x * 64), -127, 127).astype(np.int8).view(np.uint8)
+    bits, _ = _ELEMENT_DTYPES[name]
+    values = element_values(np.arange(2 ** (bits - 1), dtype=np.uint8), name)
+    values = values[np.isfinite(values)]
+    middles = (values[:-1] + values[1:]) / 2
+    code = np.searchsorted(middles, np.abs(x))  # a tie is with the lower neighbour
+    tie = np.isin(np.abs(x), middles) & (code % 2 == 1)
+    return (code + tie + (np.signbit(x) << (bits - 1))).astype(np.uint8)

@@ -122,6 +122,12 @@ def _report(words: list[str]) -> None:
     run_report(words)
 
 
+def _formats(words: list[str]) -> None:
+    from lowprec_jax.cli.formats import run_formats
+
+    run_formats(words)
+
+
 def _sweep(words: list[str]) -> int:
     from lowprec_jax.cli.sweep import run_sweep
 
@@ -187,5 +193,6 @@ _COMMANDS = {
     ),
     "report": _Command("write the report of a run, finished or not: a page and pictures", _report),
     "sweep": _Command("train with several seeds, compare configs: means and errors", _sweep),
+    "formats": _Command("show the number formats: range, precision, native on what", _formats),
     "launch": _Command("run a subcommand in several processes of this machine", _launch),
 }

@@ -5,10 +5,12 @@ are overwritten with their "gradient": `flax.training.train_state.TrainState` ca
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
@@ -173,6 +175,8 @@ def state_of(module: nn.Module, stack: tuple[int, ...] = ()) -> Mapping[str, Any
             return None  # observed only while there is a place for it
         raise _missing_state_error(module, recipe)
     state = module.variable(OVERWRITE_WITH_GRADIENT, SCALING, init_state, recipe, stack).value
+    if "counter" in state:
+        state = {**state, "seed": jnp.uint32(zlib.crc32("/".join(module.path).encode()))}
     sink = state.get("sink")
     if sink is None or compat.is_ref(sink) or isinstance(sink, ops.IndexedSink | ops.Probe):
         return state

@@ -193,8 +193,8 @@ def _observers(args: Sequence[Any], *, calibrating: bool) -> list[Observer]:
         return jax.new_ref(compat.to_varying(zeros, compat.manual_axes()))
 
     return [
-        site.new_observer(calibrating=calibrating, make_ref=make_ref)
-        for _, site in iter_sites(*args)
+        Observer.of(path, make_ref(site.new_observations()), calibrating=calibrating)
+        for path, site in iter_sites(*args)
     ]
 
 

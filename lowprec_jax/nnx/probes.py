@@ -36,7 +36,7 @@ def probing(
         axes, rows = len(site.stack), math.prod(site.stack)
         probe = one_copy(probes[path], axes + 2)
         flat = jax.tree.map(lambda x, axes=axes, n=rows: x.reshape(n, *x.shape[axes:]), probe)
-        observers.append(Observer(flat, calibrating))
+        observers.append(Observer.of(path, flat, calibrating=calibrating))
     with observing((model,), observers):
         yield
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,17 @@ class Observer:
     Attributes:
       ref: f32[layers of the stack, 3, 5], or a `lowprec_jax.ops.Probe` of as many rows.
       calibrating: compute in high precision and only observe.
+      seed: what tells call sites apart in random keys.
     """
 
     ref: Any
     calibrating: bool
+    seed: int
+
+    @classmethod
+    def of(cls, path: str, ref: Any, *, calibrating: bool) -> Self:
+        """The observer of the call site at `path`."""
+        return cls(ref, calibrating, zlib.crc32(path.encode()))
 
     def sink(self, index: jax.Array) -> ops.IndexedSink | ops.Probe:
         """The sink of one layer of the stack."""
@@ -82,6 +90,8 @@ class Site(nnx.Module):
             state["sink"] = observer.sink(index)
             if observer.calibrating:
                 state.pop("amax_history", None)
+            if "counter" in state:
+                state["seed"] = jnp.uint32(observer.seed) + index.astype(jnp.uint32)
         return state
 
     def start_observing(self, observer: Observer) -> None:
@@ -102,10 +112,9 @@ class Site(nnx.Module):
         """Leading axes of the state: those of the stack of layers, if any."""
         return self.get_scaling()["pending"].shape[:-2] if self.scaling else ()
 
-    def new_observer(self, *, calibrating: bool, make_ref) -> Observer:
-        """An observer for one call; `make_ref` turns zeros into a ref."""
-        rows = (math.prod(self.stack), len(Role), len(Column))
-        return Observer(make_ref(jnp.zeros(rows, jnp.float32)), calibrating)
+    def new_observations(self) -> jax.Array:
+        """Zeros for what one call observes, f32[layers of the stack, 3, 5]."""
+        return jnp.zeros((math.prod(self.stack), len(Role), len(Column)), jnp.float32)
 
 
 class DotGeneral(Site):

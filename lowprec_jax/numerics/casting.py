@@ -1,26 +1,22 @@
-"""The cast: rounds to a format's grid, saturating. Pure functions on arrays.
+"""The cast: rounds to a format's grid, saturating; and back. Pure functions on arrays.
 
 A bare ``x.astype(float8_e4m3fn)`` turns 465 into NaN, and XLA:CPU's conversion is slow. `cast`
-saturates, and for formats of at most eight bits it rounds with integer arithmetic on the f32 bits:
-the same result bit for bit (tested on every bf16 and f16 value and every midpoint), at about a
-quarter of the time.
+saturates, and rounds to floats with integer arithmetic on the f32 bits: the same result bit for bit
+(tested on every bf16 and f16 value and every midpoint), at about a quarter of the time.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lowprec_jax.numerics.formats import Format
+from lowprec_jax.numerics.codebook_format import CodebookFormat
+from lowprec_jax.numerics.float_casting import float_from_code, round_to_float
+from lowprec_jax.numerics.float_format import FloatFormat
+from lowprec_jax.numerics.integer_format import IntegerFormat
+from lowprec_jax.numerics.number_format import Format
 
 Rounding = Literal["nearest", "stochastic"]
-
-_F32_MANTISSA = 23
-_F32_BIAS = 127
-_SIGN = 0x80000000
-_MAGNITUDE = 0x7FFFFFFF
-_EXPONENT = 0x7F800000
 
 
 def cast(
@@ -28,7 +24,8 @@ def cast(
 ) -> jax.Array:
     """Rounds to the nearest value of a format; magnitudes beyond ``fmt.max`` become ``±fmt.max``.
 
-    NaN stays NaN, ±Inf saturates to ``±fmt.max``. Ties go to the even code. Formats without
+    ±Inf saturates to ``±fmt.max``. Ties go to the even code. NaN stays NaN where the format has it
+    and is a zero elsewhere: in floats with the code of -0, as in `ml_dtypes`. Formats without
     negative zero turn -0, and negative values that underflow, into +0. For the scale type e8m0fnu
     the nearest power of two is taken and zero, negative numbers and Inf become NaN, as in
     `ml_dtypes`; the OCP rules for choosing block scales are functions of their own.
@@ -45,7 +42,8 @@ def cast(
 
     Raises:
       TypeError: `x` is not a float array of 16 bits or more.
-      ValueError: stochastic rounding without a key, or to a format of more than eight bits.
+      ValueError: an unknown rounding, stochastic rounding without a key, or to a compute or scale
+        type.
 
     Differs from: ``astype``, which does not saturate.
     """
@@ -53,25 +51,64 @@ def cast(
         raise TypeError(
             f"cast: x is {x.dtype}; pass float32, bfloat16 or float16 (dequantize codes first)."
         )
-    if rounding == "stochastic" and key is None:
-        raise ValueError(
-            "cast: stochastic rounding needs a PRNG key; pass key=jax.random.key(...)."
-        )
+    _check_rounding(rounding, key, fmt)
     if not fmt.element:
         return x.astype(fmt.dtype)
     if not fmt.is_low_precision:
-        if rounding == "stochastic":
-            raise ValueError(
-                f"cast: stochastic rounding is for formats of at most 8 bits, not {fmt}."
-            )
         return _clip(x, fmt).astype(fmt.dtype)
-    codes = _round_to_code(x.astype(jnp.float32), fmt, key if rounding == "stochastic" else None)
-    return lax.bitcast_convert_type(codes, fmt.dtype)
+    x = x.astype(jnp.float32)
+    key = key if rounding == "stochastic" else None
+    match fmt:
+        case FloatFormat():
+            return round_to_float(x, fmt, key)
+        case IntegerFormat():
+            return _round_to_integer(x, fmt, key)
+        case CodebookFormat():
+            return _round_to_codebook(x, fmt, key)
+    raise TypeError(f"cast: no rounding is known for formats like {fmt!r}.")
 
 
-def upcast(codes: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Converts codes of an 8-bit format to a wider type, exactly (bf16 holds every 8-bit float)."""
-    return codes.astype(dtype)
+def decode(codes: jax.Array, fmt: Format, dtype=jnp.float32) -> jax.Array:
+    """The values of codes, exactly where `dtype` holds them (see `Format.exact_in_bf16`).
+
+    Args:
+      codes: array of ``fmt.dtype``, or of ``fmt.native_dtype``.
+      fmt: the format of the codes.
+      dtype: float type of the result.
+
+    Raises:
+      TypeError: `codes` are of another type.
+    """
+    if fmt.native_dtype is not None and codes.dtype == fmt.native_dtype:
+        return codes.astype(dtype)
+    if codes.dtype != fmt.dtype:
+        raise TypeError(f"decode: codes of {fmt} are {fmt.dtype.name}, given: {codes.dtype}.")
+    match fmt:
+        case FloatFormat():
+            return float_from_code(codes, fmt).astype(dtype)
+        case IntegerFormat():
+            return (codes.astype(jnp.float32) * jnp.float32(fmt.step)).astype(dtype)
+        case CodebookFormat():
+            values = jnp.array(fmt.values, dtype)
+            return values.at[codes].get(mode="promise_in_bounds")
+    raise TypeError(f"decode: no rule is known for formats like {fmt!r}.")
+
+
+def _check_rounding(rounding: Rounding, key: jax.Array | None, fmt: Format) -> None:
+    if rounding not in get_args(Rounding):
+        raise ValueError(
+            f"cast: rounding is {rounding!r}; use one of {', '.join(get_args(Rounding))}."
+        )
+    if rounding == "nearest":
+        return
+    if key is None:
+        raise ValueError(
+            "cast: stochastic rounding needs a PRNG key; pass key=jax.random.key(...)."
+        )
+    if not (fmt.element and fmt.is_low_precision):
+        raise ValueError(
+            f"cast: stochastic rounding is for formats to quantize to, not {fmt}; use 'nearest'."
+        )
 
 
 def _clip(x: jax.Array, fmt: Format) -> jax.Array:
@@ -81,48 +118,35 @@ def _clip(x: jax.Array, fmt: Format) -> jax.Array:
     return jnp.where(jnp.abs(wide) > limit, jnp.sign(wide) * limit, wide)
 
 
-def _round_to_code(x: jax.Array, fmt: Format, key: jax.Array | None) -> jax.Array:
-    """u8 codes of f32 values, by integer arithmetic on their bits.
-
-    A magnitude is a whole number of steps ("ulps") of its binade, where the binades below the
-    smallest normal number share its step. Adding 2**23 steps makes the f32 addition round to whole
-    steps (nearest, ties to even), and the low bits of the sum are their number; the code is that
-    number plus the offset of the binade. A carry into the next binade is the next code, as wanted.
-    """
-    mantissa = fmt.mantissa_bits
-    min_exponent = _F32_BIAS + 1 - fmt.bias  # biased f32 exponent of fmt.min_normal
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    magnitude = _as_float(bits & jnp.uint32(_MAGNITUDE))
-    clipped = jnp.minimum(magnitude, jnp.float32(fmt.max))
-    binade = jnp.maximum(
-        _as_bits(clipped) & jnp.uint32(_EXPONENT), jnp.uint32(min_exponent << _F32_MANTISSA)
-    )
+def _round_to_integer(x: jax.Array, fmt: IntegerFormat, key: jax.Array | None) -> jax.Array:
+    """Codes of f32 values; the scaling to steps is by a power of two, exact."""
+    limit = float(fmt.max_code)
+    steps = jnp.clip(x * jnp.float32(1 / fmt.step), -limit, limit)
     if key is None:
-        magic = binade + jnp.uint32((_F32_MANTISSA - mantissa) << _F32_MANTISSA)
-        steps = _as_bits(clipped + _as_float(magic)) - magic
+        whole = jnp.round(steps)
     else:
-        steps = _stochastic_steps(clipped, binade, fmt, key)
-    code = steps + (binade >> (_F32_MANTISSA - mantissa)) - jnp.uint32(min_exponent << mantissa)
-    sign = (bits & jnp.uint32(_SIGN)) >> (32 - fmt.bits)
-    code = code | sign if fmt.has_negative_zero else jnp.where(code == 0, code, code | sign)
-    return jnp.where(jnp.isnan(magnitude), jnp.uint32(fmt.nan_code), code).astype(jnp.uint8)
+        lower = jnp.floor(steps)
+        up = jax.random.uniform(key, x.shape) < steps - lower
+        whole = lower + up.astype(jnp.float32)
+    return jnp.where(jnp.isnan(x), 0, whole).astype(fmt.dtype)
 
 
-def _stochastic_steps(
-    magnitude: jax.Array, binade: jax.Array, fmt: Format, key: jax.Array
-) -> jax.Array:
-    """Whole steps of the binade, rounded up with the probability of the fraction."""
-    to_steps = jnp.uint32((2 * _F32_BIAS + fmt.mantissa_bits) << _F32_MANTISSA) - binade
-    steps = magnitude * _as_float(to_steps)  # exact: a power of two
-    whole = jnp.floor(steps)
-    up = jax.random.uniform(key, magnitude.shape) < steps - whole
-    # fmt.max is on the grid: a clipped magnitude has no fraction there and cannot exceed it.
-    return whole.astype(jnp.uint32) + up.astype(jnp.uint32)
+def _round_to_codebook(x: jax.Array, fmt: CodebookFormat, key: jax.Array | None) -> jax.Array:
+    """Codes of f32 values: how many thresholds lie below."""
+    if key is None:
+        code = _count_below(x, fmt.thresholds)
+    else:
+        values = jnp.array(fmt.values, jnp.float32)
+        clipped = jnp.clip(x, values[0], values[-1])
+        lower = _count_below(clipped, fmt.values[1:-1])  # the lower neighbour, or x itself above it
+        low, high = values[lower], values[lower + 1]
+        up = jax.random.uniform(key, x.shape) < (clipped - low) / (high - low)
+        code = lower + up.astype(jnp.int32)
+    return jnp.where(jnp.isnan(x), fmt.zero_code, code).astype(fmt.dtype)
 
 
-def _as_bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint32)
-
-
-def _as_float(bits: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)
+def _count_below(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:
+    """How many of the sorted thresholds are less than `x`, i32 of its shape."""
+    if len(thresholds) > 32:
+        return jnp.searchsorted(jnp.array(thresholds, jnp.float32), x).astype(jnp.int32)
+    return sum((x > t).astype(jnp.int32) for t in thresholds) + jnp.zeros(x.shape, jnp.int32)

@@ -1,18 +1,22 @@
-"""A quantized tensor: codes and the scale that turns them back, as one pytree."""
+"""A quantized tensor: codes and the scales that turn them back, as one pytree."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from lowprec_jax.numerics.casting import Rounding, cast, upcast
+from lowprec_jax.numerics.casting import Rounding, cast, decode
 from lowprec_jax.numerics.formats import Format, get_format
 from lowprec_jax.numerics.scaling import compute_amax, reciprocal, scale_from_amax
+from lowprec_jax.numerics.tiles import Tile, spread
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["format"]
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scale", "global_scale"],
+    meta_fields=["format", "tile"],
 )
 @dataclasses.dataclass(frozen=True)
 class ScaledArray:
@@ -20,22 +24,40 @@ class ScaledArray:
 
     Attributes:
       data: codes, of type ``format.dtype`` and the shape of the tensor.
-      scale: f32, rank 0 for one scale per tensor, or a shape that broadcasts against `data`.
+      scale: f32, rank 0 for one scale per tensor, or of the rank of `data` with as many entries
+        along each axis as there are tiles.
       format: the format of `data` (static).
+      tile: elements along each axis that share a scale (static), aligned to the last axes; needed
+        for axes that have neither one scale nor one for each element.
+      global_scale: f32 [], the second level of NVFP4; None for one level.
     """
 
     data: jax.Array
     scale: jax.Array
     format: Format
+    tile: Tile = ()
+    global_scale: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
         return self.data.shape
 
+    @property
+    def per_tensor(self) -> bool:
+        """Whether one scale stands for the whole tensor."""
+        return self.scale.ndim == 0
+
     def dequantize(self, dtype=jnp.float32) -> jax.Array:
         """``data * scale``, computed in f32, as `dtype`."""
         return dequantize(self, dtype)
+
+    def transpose(self, order: Sequence[int]) -> "ScaledArray":
+        """The tensor with its axes in another order."""
+        order = tuple(order)
+        scale = self.scale if self.per_tensor else self.scale.transpose(order)
+        tile = tuple(self.tile[axis] for axis in order) if self.tile else ()
+        return dataclasses.replace(self, data=self.data.transpose(order), scale=scale, tile=tile)
 
 
 def quantize(
@@ -70,7 +92,10 @@ def quantize(
 
 def dequantize(x: ScaledArray, dtype=jnp.float32) -> jax.Array:
     """``data * scale``, computed in f32, as `dtype`."""
-    return (upcast(x.data, jnp.float32) * x.scale).astype(dtype)
+    values = decode(x.data, x.format) * spread(x.scale, x.shape, x.tile)
+    if x.global_scale is not None:
+        values = values * x.global_scale
+    return values.astype(dtype)
 
 
 def fake_quantize(

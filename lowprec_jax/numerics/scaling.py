@@ -4,6 +4,8 @@ One convention everywhere: ``x ≈ data * scale``. The scale multiplies on the w
 multiplies with its reciprocal. Transformer Engine and torchao store the reciprocal.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,20 +20,30 @@ MAX_SCALE = 2.0**126
 MIN_AMAX = 2.0**-126
 
 
-def compute_amax(x: jax.Array) -> jax.Array:
-    """Largest magnitude, f32 []: NaN if any element is NaN, Inf if any is infinite, 0 if empty.
+def compute_amax(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+    """Largest magnitude, f32: NaN if any element is NaN, Inf if any is infinite, 0 if empty.
+
+    Args:
+      x: float array.
+      axes: axes to reduce over, which stay with size 1; None reduces all of them, to rank 0.
 
     Not `jnp.max`: see `magnitude_bits`. Reducing NaN flags along with the magnitudes keeps XLA:CPU
-    on its quick path for several operands, 2 to 3 times as fast as the float maximum.
+    on its quick path where the last axis is reduced, 2 to 3 times as fast as the float maximum;
+    along other axes that takes 30 times as long as the maximum of the bits.
     """
+    over = tuple(range(x.ndim)) if axes is None else tuple(axes)
     bits = magnitude_bits(x)
-    largest, nan = lax.reduce(
-        (bits, jnp.isnan(x).astype(jnp.int32)),
-        (jnp.int32(0), jnp.int32(0)),
-        lambda a, b: (lax.max(a[0], b[0]), lax.bitwise_or(a[1], b[1])),
-        tuple(range(x.ndim)),
-    )
-    return jnp.where(nan > 0, jnp.nan, lax.bitcast_convert_type(largest, jnp.float32))
+    if x.ndim and x.ndim - 1 not in over:
+        amax = lax.bitcast_convert_type(jnp.max(bits, over, initial=0), jnp.float32)
+    else:
+        largest, nan = lax.reduce(
+            (bits, jnp.isnan(x).astype(jnp.int32)),
+            (jnp.int32(0), jnp.int32(0)),
+            lambda a, b: (lax.max(a[0], b[0]), lax.bitwise_or(a[1], b[1])),
+            over,
+        )
+        amax = jnp.where(nan > 0, jnp.nan, lax.bitcast_convert_type(largest, jnp.float32))
+    return amax if axes is None else jnp.expand_dims(amax, over)
 
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
@@ -53,13 +65,13 @@ def scale_from_amax(
 ) -> jax.Array:
     """Turns an amax into the scale that maps it onto the format's largest value.
 
-    ``scale = amax * (1 / fmt.max) * 2**margin``, with the reciprocal rounded to f32 once, so that
-    compiled code, eager code and NumPy agree bit for bit. Where `amax` is zero, subnormal or not
-    finite the result is `fallback`. The scale and its reciprocal are always finite and positive.
+    ``scale = amax * (1 / fmt.scale_max) * 2**margin``, with the reciprocal rounded to f32 once, so
+    that compiled code, eager code and NumPy agree bit for bit. Where `amax` is zero, subnormal or
+    not finite the result is `fallback`. The scale and its reciprocal are finite and positive.
 
     Args:
       amax: largest magnitude, f32, any shape.
-      fmt: target format; only ``fmt.max`` is read.
+      fmt: target format; only ``fmt.scale_max`` is read.
       margin: powers of two of head-room; 1 halves the largest code used.
       fallback: scale where `amax` is unusable, f32, > 0, broadcastable to `amax`.
 
@@ -71,7 +83,7 @@ def scale_from_amax(
       overflows for a tiny amax.
     """
     # Beyond 2**126 (bf16, f32) the reciprocal would be subnormal, which XLA:CPU flushes to zero.
-    factor = np.maximum(np.float32(1) / np.float32(fmt.max), np.float32(MIN_SCALE))
+    factor = np.maximum(np.float32(1) / np.float32(fmt.scale_max), np.float32(MIN_SCALE))
     factor *= np.float32(2.0**margin)
     scale = jnp.clip(amax * factor, MIN_SCALE, MAX_SCALE)
     return jnp.where(usable(amax), scale, fallback)

@@ -3,7 +3,8 @@
 Differentiation rules live here and nowhere else.
 """
 
-from lowprec_jax.ops.backends import BACKENDS, dot
+from lowprec_jax.ops.accumulation import promoted, truncated
+from lowprec_jax.ops.backends import BACKENDS, check_backend, dot
 from lowprec_jax.ops.collectives import (
     Collective,
     collectives,
@@ -11,6 +12,7 @@ from lowprec_jax.ops.collectives import (
     stablehlo_collectives,
 )
 from lowprec_jax.ops.cond import cond
+from lowprec_jax.ops.conv import conv_general_dilated
 from lowprec_jax.ops.dot_general import dot_general
 from lowprec_jax.ops.einsum import einsum
 from lowprec_jax.ops.gather import Gather, gather
@@ -26,14 +28,18 @@ __all__ = [
     "IndexedSink",
     "Probe",
     "Sink",
+    "check_backend",
     "collectives",
     "cond",
+    "conv_general_dilated",
     "count_gemms",
     "dot",
     "dot_general",
     "einsum",
     "format_collectives",
     "gather",
+    "promoted",
     "ragged_dot",
     "stablehlo_collectives",
+    "truncated",
 ]

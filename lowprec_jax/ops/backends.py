@@ -12,70 +12,137 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax.errors import did_you_mean
+from lowprec_jax.numerics import Format, decode, format_of
 
 DotGeneral = Callable[..., jax.Array]
+Formats = tuple[Format, Format]
 
 
-def native(lhs, rhs, dimension_numbers, *, precision, out_sharding=None) -> jax.Array:
-    """Multiplies the codes as they are: f8 operands, f32 accumulation."""
-    return lax.dot_general(
-        lhs,
-        rhs,
-        dimension_numbers,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
-    )
+def native(
+    lhs, rhs, dimension_numbers, *, formats: Formats, precision=None, out_sharding=None
+) -> jax.Array:
+    """Multiplies the codes as they are: f8 or f4 with f32 accumulation, integers with int32.
 
-
-def upcast(lhs, rhs, dimension_numbers, *, precision, out_sharding=None) -> jax.Array:
-    """Multiplies in bf16, which holds every 8-bit float exactly; products accumulate in f32.
-
-    The barrier keeps XLA from folding transposes into the matmul: XLA:CPU has no fast bf16 form
-    with a transposed left operand, and fails at run time where a late fold makes one (0.10.2).
+    Formats that no hardware multiplies with each other are upcast.
     """
-    del precision  # the products of 8-bit floats are exact
-    lhs, rhs = lax.optimization_barrier((lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)))
+    if not multiplies_natively(formats):
+        return upcast(lhs, rhs, dimension_numbers, formats=formats, out_sharding=out_sharding)
+    lhs, rhs = (as_native(x, fmt) for x, fmt in zip((lhs, rhs), formats, strict=True))
+    integer = jnp.issubdtype(lhs.dtype, jnp.integer)
+    product = lax.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision=None if integer else precision,
+        preferred_element_type=jnp.int32 if integer else jnp.float32,
+        out_sharding=out_sharding,
+    )
+    return product.astype(jnp.float32)
+
+
+def upcast(
+    lhs, rhs, dimension_numbers, *, formats: Formats, precision=None, out_sharding=None
+) -> jax.Array:
+    """Multiplies in bf16 where it holds the codes exactly (all of up to 8 bits), else in f32.
+
+    Products accumulate in f32. The barrier keeps XLA from folding transposes into the matmul:
+    XLA:CPU has no fast bf16 form with a transposed left operand, and fails at run time where a late
+    fold makes one (0.10.2).
+    """
+    del precision  # of the products of the codes, which are exact in bf16
+    exact = all(fmt.exact_in_bf16 for fmt in formats)
+    dtype = jnp.bfloat16 if exact else jnp.float32
+    lhs, rhs = lax.optimization_barrier(
+        tuple(upcast_operand(x, fmt, dtype) for x, fmt in zip((lhs, rhs), formats, strict=True))
+    )
     return lax.dot_general(
         lhs,
         rhs,
         dimension_numbers,
+        precision=None if exact else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,
     )
 
 
-BACKENDS: dict[str, DotGeneral] = {"native": native, "upcast": upcast}
+@functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
+def upcast_operand(codes: jax.Array, fmt: Format, dtype) -> jax.Array:
+    """The codes in a wider type; a function that `count_gemms` knows by name."""
+    return decode(codes, fmt, dtype)
+
+
+def multiplies_natively(formats: Formats) -> bool:
+    """Whether there is hardware that multiplies codes of these formats with each other."""
+    dtypes = [fmt.native_dtype for fmt in formats if fmt.native_dtype is not None]
+    if len(dtypes) < len(formats):
+        return False
+    integers = [jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes]
+    return all(integers) or not any(integers)
+
+
+def as_native(codes: jax.Array, fmt: Format) -> jax.Array:
+    """Codes in the type that hardware multiplies; 4-bit codes are held in bytes elsewhere."""
+    dtype = jnp.dtype(fmt.native_dtype)
+    if codes.dtype == dtype:
+        return codes
+    if jnp.issubdtype(dtype, jnp.integer):
+        return codes.astype(dtype)
+    return lax.bitcast_convert_type(codes.astype(jnp.uint4), dtype)
+
+
+# "block_scaled" is native, and XLA's block-scaled matmul where scales lie in blocks along the
+# contraction (`lowprec_jax.ops.block_product`): a matter of the chip, not of the platform.
+BACKENDS: dict[str, DotGeneral] = {"native": native, "upcast": upcast, "block_scaled": native}
 
 # The form each platform executes; platforms not named take the native one.
 _BY_PLATFORM = {"cpu": upcast}
 
 
-def dot(lhs, rhs, dimension_numbers, *, precision=None, out_sharding=None, backend=None):
+def check_backend(name: str | None) -> None:
+    """Refuses a backend that does not exist.
+
+    Raises:
+      ValueError: the message lists the known names and the nearest.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"Unknown backend {name!r}. Known: {', '.join(BACKENDS)}."
+            + did_you_mean(name, BACKENDS)
+        )
+
+
+def dot(
+    lhs,
+    rhs,
+    dimension_numbers,
+    *,
+    formats: Formats | None = None,
+    precision=None,
+    out_sharding=None,
+    backend: str | None = None,
+) -> jax.Array:
     """``lhs x rhs`` of low-precision codes, f32, without scales.
 
     Args:
-      lhs: codes of an 8-bit float type.
-      rhs: codes of an 8-bit float type.
+      lhs: codes.
+      rhs: codes.
       dimension_numbers: as in `jax.lax.dot_general`.
+      formats: formats of the codes; None: those stored as the types of `lhs` and `rhs`.
       precision: "default" accumulation or `lax.Precision.HIGHEST` (split accumulation on GPU).
       out_sharding: as in `jax.lax.dot_general`.
-      backend: "native", "upcast", or None for what the platform of the lowering executes best.
+      backend: a name in `BACKENDS`, or None for what the platform of the lowering executes best.
 
     Raises:
       ValueError: an unknown backend.
     """
+    check_backend(backend)
     options = {
         "dimension_numbers": dimension_numbers,
+        "formats": formats or (format_of(lhs.dtype), format_of(rhs.dtype)),
         "precision": precision,
         "out_sharding": out_sharding,
     }
     if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(
-                f"Unknown backend {backend!r}. Known: {', '.join(BACKENDS)}."
-                + did_you_mean(backend, BACKENDS)
-            )
         return BACKENDS[backend](lhs, rhs, **options)
     branches = {name: functools.partial(f, **options) for name, f in _BY_PLATFORM.items()}
     return lax.platform_dependent(

@@ -22,6 +22,8 @@ class Dimensions:
         fast bf16 form with a transposed left operand.
       wgrad: ``kept lhs x output_grad``.
       wgrad_to_rhs: axis order that turns the result of `wgrad` into the layout of rhs.
+      groups: by `Role`, the axes of the operand that its first GEMM contracts and its second leaves
+        free, and those that the second contracts; the operand's own axis numbers.
     """
 
     forward: DotDimensions
@@ -30,6 +32,7 @@ class Dimensions:
     lhs_to_wgrad: tuple[int, ...]
     wgrad: DotDimensions
     wgrad_to_rhs: tuple[int, ...]
+    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
     @classmethod
     def of(cls, lhs_ndim: int, rhs_ndim: int, dimension_numbers) -> Self:
@@ -56,6 +59,7 @@ class Dimensions:
             lhs_to_wgrad=kept,
             wgrad=((kept_free, grad_lhs), (batch, batch)),
             wgrad_to_rhs=_order(rhs_batch + rhs_contract + rhs_free),
+            groups=((lhs_contract, lhs_free), (rhs_contract, rhs_free), (grad_rhs, grad_lhs)),
         )
 
 

@@ -17,20 +17,29 @@ from jax import lax
 
 from lowprec_jax import compat
 from lowprec_jax.numerics import ScaledArray
-from lowprec_jax.ops import backends, sinks
-from lowprec_jax.ops.dimensions import Dimensions, DotDimensions
+from lowprec_jax.ops import sinks
+from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, gather, reduce_scatter
 from lowprec_jax.ops.operands import (
-    Operand,
+    Forms,
     as_bytes,
     as_codes,
+    can_gather_codes,
     current_amax,
     forms_of,
     gathered,
     keep,
     observe,
 )
-from lowprec_jax.ops.site_state import read_state, require_sink
+from lowprec_jax.ops.product import product
+from lowprec_jax.ops.randomness import rounding_key
+from lowprec_jax.ops.site_state import (
+    Rounding,
+    read_rounding,
+    read_state,
+    require_rounding,
+    require_sink,
+)
 from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe
 
 
@@ -103,19 +112,24 @@ def dot_general(
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
     lhs, rhs = compat.to_varying(lhs, axes), compat.to_varying(rhs, axes)
+    dims = Dimensions.of(lhs.ndim, rhs.ndim, dimension_numbers)
+    if rhs_gather is not None and not can_gather_codes(recipe, dims, rhs.shape, rhs_gather):
+        rhs, rhs_gather = gather(rhs, rhs_gather), None
     like_lhs, like_rhs = _Like.of(lhs, rhs)
     call = _Call(
         recipe=recipe,
-        dims=Dimensions.of(lhs.ndim, rhs.ndim, dimension_numbers),
+        dims=dims,
         dtype=jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)),
         precision=precision,
         gather=rhs_gather,
         out_sharding=out_sharding,
-        backend=backend,
+        backend=backend or recipe.backend,
         lhs=like_lhs,
         rhs=like_rhs,
     )
-    return _dot(call, lhs, rhs, amax, sink, _checked_codes(rhs_quantized, recipe))
+    rounding = read_rounding(recipe, state)
+    codes = _checked_codes(rhs_quantized, recipe)
+    return _dot(call, lhs, rhs, amax, sink, codes, rounding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,30 +163,33 @@ class _Call:
 def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray | None:
     if quantized is None or recipe.fwd is None:
         return None
-    if quantized.format != recipe.fwd.right:
+    wanted = recipe.fwd.right
+    if wanted is None or quantized.format != wanted.format:
         raise ValueError(
             f"rhs_quantized is {quantized.format}, but recipe {recipe.name!r} multiplies "
-            f"{recipe.fwd.right}; quantize it to that."
+            f"{wanted and wanted.format}; quantize it to that."
         )
     return as_bytes(quantized)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(call: _Call, lhs, rhs, amax, sink, codes):
+def _dot(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
+    del rounding  # of the output gradient
     out, _, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
     if sink is not None and seen is not None:
         sinks.write(sink, jnp.pad(seen, ((0, 1), (0, 0))))
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, amax, sink, codes):
+def _fwd(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
     require_sink(call.recipe, sink)
+    require_rounding(call.recipe, rounding)
     out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
     if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
         sinks.write(sink, jnp.pad(amax_only(seen), ((0, 1), (0, 0))))
-    return out, (*kept, amax, seen, sink)
+    return out, (*kept, amax, seen, sink, rounding)
 
 
 def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
@@ -180,15 +197,22 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
     recipe, dims = call.recipe, call.dims
     if amax is None:
         amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
-    left = forms_of(lhs, Role.LHS, amax, recipe)
-    right = forms_of(rhs, Role.RHS, amax, recipe)
+    left = forms_of(lhs, Role.LHS, amax, recipe, dims)
+    right = forms_of(rhs, Role.RHS, amax, recipe, dims)
     if codes is not None:
-        right[codes.format] = as_codes(codes)
-    fwd = recipe.fwd
-    whole = gathered(right[fwd and fwd.right], call.gather)
-    out = _multiply(left[fwd and fwd.left], whole, dims.forward, call, call.out_sharding)
-    kept_lhs = keep(left[recipe.wgrad and recipe.wgrad.left], "quantized_lhs", dims.lhs_to_wgrad)
-    kept_rhs = keep(right[recipe.dgrad and recipe.dgrad.right], "quantized_rhs")
+        given = as_codes(codes)
+        right = Forms(given, given if right.second is right.first else right.second)
+    out = product(
+        left.first,
+        gathered(right.first, call.gather),
+        recipe.gemm("fwd"),
+        dims.forward,
+        precision=call.precision,
+        out_sharding=call.out_sharding,
+        backend=call.backend,
+    )
+    kept_lhs = keep(left.second, "quantized_lhs", dims.lhs_to_wgrad)
+    kept_rhs = keep(right.second, "quantized_rhs")
     seen = None
     if observing:
         rows = observe(lhs, Role.LHS, left, recipe), observe(rhs, Role.RHS, right, recipe)
@@ -197,68 +221,38 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, amax, seen, sink = residuals
+    kept_lhs, kept_rhs, amax, seen, sink, rounding = residuals
     recipe, dims = call.recipe, call.dims
     if amax is None:
         amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
-    forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe)
-    dlhs = _multiply(
-        forms[recipe.dgrad and recipe.dgrad.left],
+    key = rounding and rounding_key(grad, *rounding)
+    forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe, dims, key)
+    multiply = functools.partial(
+        product, precision=call.precision, backward=True, backend=call.backend
+    )
+    dlhs = multiply(
+        forms.first,
         gathered(as_codes(kept_rhs), call.gather),
+        recipe.gemm("dgrad"),
         dims.dgrad,
-        call,
-        compat.permute_sharding(call.lhs.sharding, _inverse(dims.dgrad_to_lhs)),
-        backward=True,
+        out_sharding=compat.permute_sharding(call.lhs.sharding, _inverse(dims.dgrad_to_lhs)),
     ).transpose(dims.dgrad_to_lhs)
-    drhs = _multiply(
+    drhs = multiply(
         as_codes(kept_lhs),
-        forms[recipe.wgrad and recipe.wgrad.right],
+        forms.second,
+        recipe.gemm("wgrad"),
         dims.wgrad,
-        call,
-        compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
-        backward=True,
+        out_sharding=compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
     ).transpose(dims.wgrad_to_rhs)
     drhs = reduce_scatter(drhs, call.gather)
     probe = None
     if sink is not None:
         row = observe(grad, Role.OUTPUT_GRAD, forms, recipe)
         probe = sinks.write(sink, jnp.concatenate([seen, row[None]]))
-    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
+    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None, None
 
 
 _dot.defvjp(_fwd, _bwd)
-
-
-def _multiply(
-    left: Operand,
-    right: Operand,
-    dimensions: DotDimensions,
-    call: _Call,
-    out_sharding,
-    *,
-    backward: bool = False,
-) -> jax.Array:
-    """``left x right``, f32. Backward GEMMs accumulate accurately (split accumulation on GPU)."""
-    if not (isinstance(left, ScaledArray) and isinstance(right, ScaledArray)):
-        assert not isinstance(left, ScaledArray)
-        assert not isinstance(right, ScaledArray)
-        return lax.dot_general(
-            left,
-            right,
-            dimensions,
-            precision=call.precision,
-            preferred_element_type=jnp.float32,
-            out_sharding=out_sharding,
-        )
-    product = backends.dot(
-        left.data,
-        right.data,
-        dimensions,
-        precision=lax.Precision.HIGHEST if backward else lax.Precision.DEFAULT,
-        out_sharding=out_sharding,
-        backend=call.backend,
-    )
-    return product * (left.scale * right.scale)
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

@@ -60,15 +60,14 @@ class Groups:
 
         Args:
           x: float [entries, ...].
-          scale: f32 [groups].
+          scale: f32, broadcastable to `x`.
           fmt: the format it is quantized to.
 
         Returns:
           f32 [groups, 4]: amax, saturated, underflow, non-finite.
         """
-        each = jax.vmap(lambda entry, scale: range_statistics(entry, scale, fmt))(
-            x, self.spread(scale, 1)
-        )
+        scale = jnp.broadcast_to(scale, (x.shape[0], *scale.shape[1:]))
+        each = jax.vmap(lambda entry, scale: range_statistics(entry, scale, fmt))(x, scale)
         counts = self._sum(jnp.stack(each[1:], axis=-1).astype(jnp.int32))
         return jnp.concatenate([self._max(each.amax)[:, None], counts.astype(jnp.float32)], axis=-1)
 

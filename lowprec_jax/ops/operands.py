@@ -1,7 +1,8 @@
-"""The operands of a GEMM: quantized as its formats need, kept for the backward pass, observed."""
+"""The operands of a GEMM: quantized as its quantizers say, kept for the backward pass, observed."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,47 +10,96 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lowprec_jax import compat
-from lowprec_jax.numerics import (
-    Format,
-    ScaledArray,
-    compute_amax,
-    quantize,
-    range_statistics,
-)
+from lowprec_jax.numerics import Quantizer, ScaledArray, compute_amax, range_statistics, spread
+from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, all_gather
 from lowprec_jax.recipes import Recipe, Role
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array
-Forms = dict[Format | None, Operand]
 # f32 [] by role: a dict, or the array f32[3].
 Amax = Mapping[Role, jax.Array] | jax.Array
 
 
-def forms_of(x: jax.Array, role: Role, amax: Amax, recipe: Recipe) -> Forms:
-    """An operand in every form its GEMMs need: by format, and as it is under None.
+class AxisGroups(Protocol):
+    """Dimension numbers of the three GEMMs of an op."""
+
+    @property
+    def groups(self) -> Sequence[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """By `Role`: the axes that its first GEMM contracts, and those that its second does."""
+        ...
+
+
+class Forms(NamedTuple):
+    """An operand as the first and the second GEMM of its role multiply it."""
+
+    first: Operand
+    second: Operand
+
+
+def forms_of(
+    x: jax.Array,
+    role: Role,
+    amax: Amax,
+    recipe: Recipe,
+    dims: AxisGroups,
+    key: jax.Array | None = None,
+) -> Forms:
+    """An operand in the form of each GEMM that uses it; forms that are equal are made once.
 
     Args:
       x: the operand.
       role: its role.
-      amax: f32 [], the amax that scales come from, by role.
+      amax: f32 [], the amax of the tensor, by role; missing where no scale comes from it.
       recipe: the recipe.
+      dims: dimension numbers of the three GEMMs.
+      key: PRNG key, for stochastic rounding.
     """
-    forms: Forms = {None: x}
-    for fmt in recipe.formats_of(role):
-        if fmt is not None and fmt not in forms:
-            forms[fmt] = quantize(x, fmt, recipe.scale(amax[role], fmt))
-    return forms
+    first, second = recipe.quantizers_of(role)
+    own, other = dims.groups[role]
+    reused = second is not None and second.axes == "forward"
+    layouts = (own, other), ((own, other) if reused else (other, own))
+    known = amax.get(role) if isinstance(amax, Mapping) else amax[role]
+    if _same_form(x, first, layouts[0], second, layouts[1]):
+        form = _form(x, first, layouts[0], known, recipe, key)
+        return Forms(form, form)
+    return Forms(
+        _form(x, first, layouts[0], known, recipe, key),
+        _form(x, second, layouts[1], known, recipe, key),
+    )
+
+
+Layout = tuple[Sequence[int], Sequence[int]]
+
+
+def _same_form(x, first: Quantizer | None, a: Layout, second: Quantizer | None, b: Layout) -> bool:
+    if first is None or second is None:
+        return first is second
+    if dataclasses.replace(first, axes="own") != dataclasses.replace(second, axes="own"):
+        return False
+    return not first.hadamard and first.tile(x.shape, *a) == second.tile(x.shape, *b)
+
+
+def _form(x, quantizer: Quantizer | None, layout: Layout, amax, recipe: Recipe, key) -> Operand:
+    if quantizer is None:
+        return x
+    contracted, free = layout
+    rotated = quantizer.rotate(x, contracted)
+    if rotated is not x and quantizer.needs_tensor_amax:
+        amax = current_amax({Role.LHS: rotated}, recipe)[Role.LHS]
+    tile = quantizer.tile(rotated.shape, contracted, free)
+    return quantizer(rotated, tile, tensor_amax=amax, key=key)
 
 
 def current_amax(
     operands: Mapping[Role, jax.Array], recipe: Recipe, sharded: Gather | None = None
-) -> Amax:
+) -> Mapping[Role, jax.Array]:
     """The amax of operands as they are: current scaling.
 
     On devices that hold parts of an operand (inside `jax.shard_map` and `jax.pmap`) it is that of
     the whole, by one `pmax` for all operands, unless the recipe asks for ``amax_scope="local"``.
-    The shards of a kernel have one scale in any case: their codes are multiplied together.
+    The shards of a kernel have one scale in any case: their codes are multiplied together. Scales
+    finer than the tensor are those of the part that a device holds.
 
     Args:
       operands: the operands, by role.
@@ -57,7 +107,9 @@ def current_amax(
       sharded: how the kernel is sharded.
     """
     amax = {
-        role: compute_amax(x) for role, x in operands.items() if recipe.format_of(role) is not None
+        role: compute_amax(x)
+        for role, x in operands.items()
+        if any(q is not None and q.needs_tensor_amax for q in recipe.quantizers_of(role))
     }
     axes = compat.reduction_axes(operands.values(), ())
     if axes and amax and recipe.amax_scope == "global":
@@ -84,11 +136,12 @@ def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
       name: name for `jax.checkpoint_policies.save_only_these_names`.
       order: axis order to keep it in.
     """
-
-    def kept(data: jax.Array) -> jax.Array:
-        return checkpoint_name(data if order is None else data.transpose(tuple(order)), name)
-
-    return _map_data(kept, as_bytes(x)) if isinstance(x, ScaledArray) else kept(x)
+    if order is not None:
+        x = x.transpose(tuple(order))
+    if not isinstance(x, ScaledArray):
+        return checkpoint_name(x, name)
+    x = _map_data(lambda data: checkpoint_name(data, name), as_bytes(x))
+    return x if x.per_tensor else dataclasses.replace(x, scale=checkpoint_name(x.scale, name))
 
 
 def gathered(x: Operand, how: Gather | None) -> Operand:
@@ -97,30 +150,62 @@ def gathered(x: Operand, how: Gather | None) -> Operand:
         return x
     if not isinstance(x, ScaledArray):
         return all_gather(x, how)
-    return as_codes(_map_data(lambda data: all_gather(data, how), as_bytes(x)))
+    whole = _map_data(lambda data: all_gather(data, how), as_bytes(x))
+    if not x.per_tensor and x.scale.shape[how.axis] > 1:
+        whole = dataclasses.replace(whole, scale=all_gather(x.scale, how))
+    return as_codes(whole)
+
+
+def can_gather_codes(recipe: Recipe, dims: Dimensions, shape: tuple[int, ...], how: Gather) -> bool:
+    """Whether shards of a kernel have the codes and scales that the whole has: no tile is cut.
+
+    Args:
+      recipe: the recipe.
+      dims: dimension numbers of the three GEMMs.
+      shape: shape of the shard.
+      how: how the kernel is sharded.
+    """
+    own, other = dims.groups[Role.RHS]
+    layouts = (own, other), (other, own)
+    for quantizer, layout in zip(recipe.quantizers_of(Role.RHS), layouts, strict=True):
+        if quantizer is None or quantizer.per_tensor:
+            continue
+        size = quantizer.tile(shape, *layout)[how.axis]
+        if quantizer.hadamard or shape[how.axis] % size or size == shape[how.axis]:
+            return False
+    return True
 
 
 def as_bytes(x: ScaledArray) -> ScaledArray:
-    """The same with its codes seen as uint8."""
+    """The same with f8 codes seen as uint8; other codes are integers already."""
+    if jnp.issubdtype(x.data.dtype, jnp.integer):
+        return x
     return _map_data(lambda data: lax.bitcast_convert_type(data, jnp.uint8), x)
 
 
 def as_codes(x: Operand) -> Operand:
     """The inverse of `as_bytes`; a high-precision operand is returned as it is."""
-    if not isinstance(x, ScaledArray):
+    if not isinstance(x, ScaledArray) or x.data.dtype == x.format.dtype:
         return x
     dtype = x.format.dtype
     return _map_data(lambda data: lax.bitcast_convert_type(data, dtype), x)
 
 
-def observe(x: jax.Array, role: Role, forms: Mapping[Format | None, Operand], recipe: Recipe):
+def observe(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array:
     """One row of an observation, f32[5]; only the amax and the size in high precision."""
     x, size = lax.stop_gradient(x), jnp.float32(x.size)
-    quantized = forms[recipe.format_of(role)]
-    if not isinstance(quantized, ScaledArray):
+    index = next(
+        (i for i, q in enumerate(recipe.quantizers_of(role)) if q and not q.hadamard), None
+    )
+    if index is None:
         zero = jnp.float32(0)
         return jnp.stack([compute_amax(x), zero, zero, zero, size])
-    return jnp.stack([*range_statistics(x, quantized.scale, quantized.format), size])
+    form = forms[index]
+    assert isinstance(form, ScaledArray)
+    scale = spread(form.scale, x.shape, form.tile)
+    if form.global_scale is not None:
+        scale = scale * form.global_scale
+    return jnp.stack([*range_statistics(x, scale, form.format), size])
 
 
 def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:

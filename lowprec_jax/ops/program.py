@@ -1,4 +1,4 @@
-"""What a lowered program executes, and what it really multiplies: FP8, its upcasts, the rest."""
+"""What a lowered program executes, and what it multiplies: codes, their upcasts, the rest."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ _TRANSPARENT = {
 }
 # Grouped matmuls have a third operand: the sizes of the groups.
 _MATMULS = {"stablehlo.dot_general", "chlo.ragged_dot"}
-_LOW_PRECISION = ("f8", "f6", "f4")
+_LOW_PRECISION = ("f8", "f6", "f4", "i8", "i4")
+# Functions of `lowprec_jax.ops` whose results are codes in a wider type, times their scales or not.
+_UPCASTS = ("upcast_operand", "dequantized_operand")
 
 
 class GemmCount(NamedTuple):
@@ -24,7 +26,7 @@ class GemmCount(NamedTuple):
 
     Attributes:
       native: both operands are in low precision.
-      emulated: both are exact upcasts of low precision.
+      emulated: both are upcasts of low precision.
       other: all the rest.
     """
 
@@ -118,12 +120,19 @@ def _is_low_precision(value: Any) -> bool:
 
 
 def _comes_from_low_precision(value: Any) -> bool:
-    while not _is_low_precision(value):
+    while not (_is_low_precision(value) or _is_upcast(value)):
         source = _source(value)
         if source is None:
             return False
         value = source
     return True
+
+
+def _is_upcast(value: Any) -> bool:
+    owner = value.owner
+    if getattr(owner, "name", None) != "func.call":
+        return False
+    return owner.attributes["callee"].value.startswith(_UPCASTS)
 
 
 def _source(value: Any) -> Any:

@@ -18,13 +18,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax import compat
-from lowprec_jax.errors import did_you_mean
-from lowprec_jax.numerics import Format, ScaledArray, quantize
+from lowprec_jax.numerics import ScaledArray, decode
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.groups import Groups
-from lowprec_jax.ops.operands import Forms, Operand, as_codes, keep
-from lowprec_jax.ops.site_state import read_state, require_sink
-from lowprec_jax.recipes import Column, Recipe, Role, amax_only, get_recipe
+from lowprec_jax.ops.operands import Operand, as_codes, keep
+from lowprec_jax.ops.ragged_operands import (
+    grouped_forms,
+    is_grouped,
+    observe_groups,
+    transposed,
+)
+from lowprec_jax.ops.randomness import rounding_key
+from lowprec_jax.ops.site_state import (
+    Rounding,
+    read_rounding,
+    read_state,
+    require_rounding,
+    require_sink,
+)
+from lowprec_jax.recipes import Gemm, Recipe, Role, amax_only, get_recipe
 
 # The operands of the three GEMMs: lhs [M, K], rhs [G, K, N], output_grad [M, N]; for wgrad, lhs is
 # kept as [K, M] (see `lowprec_jax.ops.dimensions`).
@@ -88,11 +100,11 @@ def ragged_dot(
         recipe=recipe,
         dtype=jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)),
         precision=precision,
-        backend=backend,
+        backend=backend or recipe.backend,
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
     )
-    return _dot(call, lhs, rhs, group_sizes, amax, sink)
+    return _dot(call, lhs, rhs, group_sizes, amax, sink, read_rounding(recipe, state))
 
 
 def _high_precision(lhs, rhs, group_sizes, precision, dtype) -> jax.Array:
@@ -121,11 +133,7 @@ class _Call:
 
 
 def _check(lhs, rhs, group_sizes, recipe: Recipe, backend: str | None) -> None:
-    if backend not in (None, *backends.BACKENDS):
-        raise ValueError(
-            f"Unknown backend {backend!r}. Known: {', '.join(backends.BACKENDS)}."
-            + did_you_mean(backend, backends.BACKENDS)
-        )
+    backends.check_backend(backend)
     if not (
         (lhs.ndim, rhs.ndim) == (2, 3)
         and lhs.shape[1] == rhs.shape[1]
@@ -145,54 +153,56 @@ def _check(lhs, rhs, group_sizes, recipe: Recipe, backend: str | None) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(call: _Call, lhs, rhs, group_sizes, amax, sink):
+def _dot(call: _Call, lhs, rhs, group_sizes, amax, sink, rounding: Rounding):
+    del rounding  # of the output gradient
     out, _, seen = _forward(call, lhs, rhs, group_sizes, amax, observing=sink is not None)
     if sink is not None and seen is not None:
         sinks.write(sink, seen)
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, group_sizes, amax, sink):
+def _fwd(call: _Call, lhs, rhs, group_sizes, amax, sink, rounding: Rounding):
     require_sink(call.recipe, sink)
+    require_rounding(call.recipe, rounding)
     out, kept, seen = _forward(call, lhs, rhs, group_sizes, amax, observing=sink is not None)
     if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
         # Amaxes only, as in `dot_general`: this rule runs twice under remat.
         sinks.write(sink, amax_only(seen))
-    return out, (*kept, group_sizes, amax, seen, sink)
+    return out, (*kept, group_sizes, amax, seen, sink, rounding)
 
 
 def _forward(call: _Call, lhs, rhs, group_sizes, amax, *, observing: bool):
     """The product, what the backward pass keeps, and the observation of the two operands."""
     recipe = call.recipe
     rows, matrices = Groups.of_rows(group_sizes, lhs.shape[0]), Groups.one_each(rhs.shape[0])
-    left = _forms_of(lhs, rows, Role.LHS, amax, recipe)
-    right = _forms_of(rhs, matrices, Role.RHS, amax, recipe)
-    fwd, dgrad, wgrad = recipe.fwd, recipe.dgrad, recipe.wgrad
+    left = grouped_forms(lhs, rows, Role.LHS, amax, recipe)
+    right = grouped_forms(rhs, matrices, Role.RHS, amax, recipe)
     out = _multiply_rows(
-        left[fwd and fwd.left], right[fwd and fwd.right], group_sizes, rows, _FORWARD, call
+        left.first, right.first, recipe.gemm("fwd"), group_sizes, rows, _FORWARD, call
     )
     kept = (
-        keep(left[wgrad and wgrad.left], "quantized_lhs", (1, 0)),
-        keep(right[dgrad and dgrad.right], "quantized_rhs"),
+        keep(transposed(left.second), "quantized_lhs"),
+        keep(right.second, "quantized_rhs"),
     )
     seen = None
     if observing:
-        lhs_row = _observe(lhs, rows, Role.LHS, left, recipe)
-        rhs_row = _observe(rhs, matrices, Role.RHS, right, recipe)
+        lhs_row = observe_groups(lhs, rows, Role.LHS, left, recipe)
+        rhs_row = observe_groups(rhs, matrices, Role.RHS, right, recipe)
         rhs_row = jnp.where((group_sizes > 0)[:, None], rhs_row, 0)
         seen = jnp.stack([lhs_row, rhs_row, jnp.zeros_like(lhs_row)], axis=1)
     return out.astype(call.dtype), kept, seen
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, group_sizes, amax, seen, sink = residuals
+    kept_lhs, kept_rhs, group_sizes, amax, seen, sink, rounding = residuals
     recipe = call.recipe
     rows = Groups.of_rows(group_sizes, grad.shape[0])
-    forms = _forms_of(grad, rows, Role.OUTPUT_GRAD, amax, recipe)
-    dgrad, wgrad = recipe.dgrad, recipe.wgrad
+    key = rounding and rounding_key(grad, *rounding)
+    forms = grouped_forms(grad, rows, Role.OUTPUT_GRAD, amax, recipe, key)
     dlhs = _multiply_rows(
-        forms[dgrad and dgrad.left],
+        forms.first,
         as_codes(kept_rhs),
+        recipe.gemm("dgrad"),
         group_sizes,
         rows,
         _DGRAD,
@@ -201,7 +211,8 @@ def _bwd(call: _Call, residuals, grad):
     )
     drhs, scale = _multiply(
         as_codes(kept_lhs),
-        forms[wgrad and wgrad.right],
+        forms.second,
+        recipe.gemm("wgrad"),
         group_sizes,
         _WGRAD,
         call,
@@ -210,64 +221,71 @@ def _bwd(call: _Call, residuals, grad):
     drhs = drhs if scale is None else drhs * scale[:, None, None]
     probe = None
     if sink is not None:
-        row = _observe(grad, rows, Role.OUTPUT_GRAD, forms, recipe)
+        row = observe_groups(grad, rows, Role.OUTPUT_GRAD, forms, recipe)
         probe = sinks.write(sink, seen.at[:, Role.OUTPUT_GRAD].set(row))
-    return dlhs.astype(call.lhs_dtype), drhs.astype(call.rhs_dtype), None, None, probe
+    return dlhs.astype(call.lhs_dtype), drhs.astype(call.rhs_dtype), None, None, probe, None
 
 
 _dot.defvjp(_fwd, _bwd)
 
 
-def _forms_of(x: jax.Array, groups: Groups, role: Role, amax, recipe: Recipe) -> Forms:
-    """An operand in every form its GEMMs need, each `ScaledArray` with a scale f32[G] per group."""
-    forms: Forms = {None: x}
-    needed = [fmt for fmt in recipe.formats_of(role) if fmt is not None]
-    if not needed:
-        return forms
-    known = groups.amax(x) if amax is None else amax[:, role]
-    for fmt in needed:
-        scale = recipe.scale(known, fmt)
-        codes = quantize(x, fmt, groups.spread(scale, x.ndim))
-        forms[fmt] = dataclasses.replace(codes, scale=scale)
-    return forms
-
-
-def _observe(
-    x: jax.Array, groups: Groups, role: Role, forms: Mapping[Format | None, Operand], recipe: Recipe
-) -> jax.Array:
-    """One role's observation, f32[G, 5]; only the amax and the size in high precision."""
-    x = lax.stop_gradient(x)
-    quantized = forms[recipe.format_of(role)]
-    if isinstance(quantized, ScaledArray):
-        seen = groups.statistics(x, quantized.scale, quantized.format)
-    else:
-        seen = jnp.pad(groups.amax(x)[:, None], ((0, 0), (0, Column.NONFINITE)))
-    return jnp.concatenate([seen, groups.elements(x)[:, None]], axis=-1)
-
-
-def _multiply_rows(left, right, group_sizes, rows: Groups, dimensions, call, *, backward=False):
+def _multiply_rows(
+    left, right, gemm: Gemm | None, group_sizes, rows: Groups, dimensions, call, *, backward=False
+):
     """A product with a row for each row of `left`, f32, scaled; rows of no group are zero."""
-    product, scale = _multiply(left, right, group_sizes, dimensions, call, backward=backward)
+    product, scale = _multiply(left, right, gemm, group_sizes, dimensions, call, backward=backward)
     if scale is not None:
         product = product * rows.spread(scale, 2)
     return jnp.where(rows.used[:, None], product, 0)
 
 
-def _multiply(left: Operand, right: Operand, group_sizes, dimensions, call: _Call, *, backward):
-    """``left x right`` of the codes, f32, and what to scale it with, f32[G] or None."""
-    if not (isinstance(left, ScaledArray) and isinstance(right, ScaledArray)):
-        assert not isinstance(left, ScaledArray)
-        assert not isinstance(right, ScaledArray)
-        return _native(left, right, group_sizes, dimensions, call.precision), None
+def _multiply(
+    left: Operand,
+    right: Operand,
+    gemm: Gemm | None,
+    group_sizes,
+    dimensions,
+    call: _Call,
+    *,
+    backward: bool,
+):
+    """``left x right``, f32, and what is still to scale it with, f32[G] or None.
+
+    Scales of groups multiply the product; finer ones are multiplied into the operands.
+    """
+    grouped = [x for x in (left, right) if isinstance(x, ScaledArray) and is_grouped(x)]
+    scale = functools.reduce(jnp.multiply, [x.scale for x in grouped]) if grouped else None
+    if len(grouped) < 2:
+        quantized = gemm is not None and gemm.left is not None and gemm.right is not None
+        precision = lax.Precision.HIGHEST if quantized else call.precision
+        operands = _values(left, right), _values(right, left)
+        return _native(*operands, group_sizes, dimensions, precision), scale
+    left, right = grouped
+    formats = left.format, right.format
     precision = lax.Precision.HIGHEST if backward else lax.Precision.DEFAULT
-    options = {"dimensions": dimensions, "precision": precision}
-    native, upcast = (functools.partial(f, **options) for f in (_native, _upcast))
+    native = functools.partial(
+        _native_codes, formats=formats, dimensions=dimensions, precision=precision
+    )
+    upcast = functools.partial(_upcast, formats=formats, dimensions=dimensions)
     operands = left.data, right.data, group_sizes
     if call.backend is None:
-        product = lax.platform_dependent(*operands, cpu=upcast, default=native)
-    else:
-        product = {"native": native, "upcast": upcast}[call.backend](*operands)
-    return product, left.scale * right.scale
+        return lax.platform_dependent(*operands, cpu=upcast, default=native), scale
+    return (upcast if call.backend == "upcast" else native)(*operands), scale
+
+
+def _values(x: Operand, partner: Operand) -> jax.Array:
+    """What an operand holds, in the type of a partner in high precision, without group scales."""
+    if not isinstance(x, ScaledArray):
+        return x
+    dtype = jnp.float32 if isinstance(partner, ScaledArray) else partner.dtype
+    return decode(x.data, x.format, dtype) if is_grouped(x) else x.dequantize(dtype)
+
+
+def _native_codes(left, right, group_sizes, *, formats, dimensions, precision):
+    if not backends.multiplies_natively(formats):
+        return _upcast(left, right, group_sizes, formats=formats, dimensions=dimensions)
+    left, right = (backends.as_native(x, f) for x, f in zip((left, right), formats, strict=True))
+    return _native(left, right, group_sizes, dimensions, precision)
 
 
 def _native(left, right, group_sizes, dimensions, precision):
@@ -281,8 +299,13 @@ def _native(left, right, group_sizes, dimensions, precision):
     )
 
 
-def _upcast(left, right, group_sizes, dimensions, precision):
+def _upcast(left, right, group_sizes, *, formats, dimensions):
     """In bf16, exactly, behind a barrier: see `lowprec_jax.ops.backends.upcast`."""
-    del precision
-    left, right = lax.optimization_barrier((left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)))
+    dtype = jnp.bfloat16 if all(fmt.exact_in_bf16 for fmt in formats) else jnp.float32
+    left, right = lax.optimization_barrier(
+        tuple(
+            backends.upcast_operand(x, fmt, dtype)
+            for x, fmt in zip((left, right), formats, strict=True)
+        )
+    )
     return _native(left, right, group_sizes, dimensions, None)

@@ -60,3 +60,28 @@ def require_sink(recipe: Recipe, sink: sinks.Sink | None) -> None:
             "lowprec_jax.linen or lowprec_jax.state instead of JAX's or Flax's, or make_sinks in a "
             "loop of your own."
         )
+
+
+# Step counter f32 [] and seed of a call site; see `lowprec_jax.ops.randomness.rounding_key`.
+Rounding = tuple[jax.Array, jax.Array | int] | None
+
+
+def read_rounding(recipe: Recipe, state: Mapping[str, Any] | None) -> Rounding:
+    """What random keys are made of; None if gradients are not rounded stochastically."""
+    if not recipe.stochastic or state is None or "counter" not in state:
+        return None
+    return lax.stop_gradient(state["counter"]).reshape(-1)[0], state.get("seed", 0)
+
+
+def require_rounding(recipe: Recipe, rounding: Rounding) -> None:
+    """Refuses to differentiate stochastic rounding without a counter.
+
+    Raises:
+      ValueError: there is no counter.
+    """
+    if recipe.stochastic and rounding is None:
+        raise ValueError(
+            f"Recipe {recipe.name!r} rounds gradients stochastically, from a step counter in its "
+            "state, but the op got none. Pass state=lowprec_jax.recipes.init_state(recipe), or the "
+            "layer's state."
+        )

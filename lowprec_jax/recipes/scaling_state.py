@@ -9,6 +9,7 @@ has one row per `Role`; leading axes (``stack``) hold the layers of a scanned st
                                         that is not finite is 0 here, its elements are counted
 ``age``           f32[*stack, 3]          steps since the scale moved
 ``dropped``       f32[*stack, 3]          observations that were not usable, since the start
+``counter``       f32[*stack]             completed steps; stochastic rounding only, its random key
 """
 
 import enum
@@ -50,6 +51,8 @@ def init_state(recipe: Recipe, stack: tuple[int, ...] = ()) -> State:
     }
     if recipe.delayed:
         state["amax_history"] = jnp.zeros((*rows, recipe.window), jnp.float32)
+    if recipe.stochastic:
+        state["counter"] = jnp.zeros(stack, jnp.float32)
     return state
 
 
@@ -102,6 +105,8 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
         new["amax_history"] = jnp.where(pushed[..., None], shifted, history)
         moved = new["amax_history"].max(-1) != history.max(-1)
     new["age"] = jnp.where(done, jnp.where(moved, 0.0, state["age"] + 1), state["age"])
+    if "counter" in state:
+        new["counter"] = state["counter"] + jnp.asarray(when).astype(jnp.float32)
     return new
 
 

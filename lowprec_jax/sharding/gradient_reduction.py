@@ -26,9 +26,9 @@ from jax import lax
 from lowprec_jax.numerics import (
     E4M3FN,
     cast,
+    decode,
     reciprocal,
     scale_from_amax,
-    upcast,
     usable,
 )
 from lowprec_jax.numerics.scaling import magnitude_bits
@@ -188,7 +188,7 @@ def _bytes(x: jax.Array) -> jax.Array:
 
 
 def _values(codes: jax.Array) -> jax.Array:
-    return upcast(lax.bitcast_convert_type(codes, E4M3FN.dtype))
+    return decode(lax.bitcast_convert_type(codes, E4M3FN.dtype), E4M3FN)
 
 
 def _is_max(values: jax.Array) -> jax.Array:
@@ -225,7 +225,7 @@ def _add_in_fp8(values: jax.Array, scale: jax.Array, leaf: np.ndarray) -> Slices
 
     def add(carry, value):
         total, at_max = carry
-        total = upcast(cast(total + value, E4M3FN))
+        total = decode(cast(total + value, E4M3FN), E4M3FN)
         return (total, jnp.maximum(at_max, _is_max(total))), None
 
     (total, at_max), _ = lax.scan(add, (values[0], _is_max(values[0])), values[1:])

@@ -195,7 +195,7 @@ def _scales(states: Sequence[Site], recipes: Sequence[Recipe]) -> jax.Array:
     scale = jnp.zeros_like(amax)
     for recipe in dict.fromkeys(recipes):
         own = np.repeat([other == recipe for other in recipes], layers)
-        columns = [_scale(recipe, role, amax[:, role]) for role in Role]
+        columns = [recipe.scale(role, amax[:, role]) for role in Role]
         scale = jnp.where(own[:, None], jnp.stack(columns, axis=-1), scale)
     return scale.reshape(-1)
 
@@ -205,7 +205,3 @@ def _scaled_amax(state: Site) -> jax.Array:
     delayed = "amax_history" in state
     return history_amax(dict(state)) if delayed else state["observed"][..., Column.AMAX]
 
-
-def _scale(recipe: Recipe, role: Role, amax: jax.Array) -> jax.Array:
-    fmt = recipe.format_of(role)
-    return jnp.zeros_like(amax) if fmt is None else recipe.scale(amax, fmt)

@@ -111,7 +111,8 @@ def _linear_flops(model: TransformerConfig, batch_size: int, inputs: int, output
 
 
 def _low_precision_gemms(recipe: Recipe) -> int:
-    return sum(gemm is not None for gemm in (recipe.fwd, recipe.dgrad, recipe.wgrad))
+    gemms = filter(None, (recipe.fwd, recipe.dgrad, recipe.wgrad))
+    return sum(gemm.left is not None and gemm.right is not None for gemm in gemms)
 
 
 class Peaks(NamedTuple):

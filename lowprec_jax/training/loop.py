@@ -13,6 +13,7 @@ from lowprec_jax.models import generate
 from lowprec_jax.training.checkpoint import Checkpoints
 from lowprec_jax.training.config import TrainConfig
 from lowprec_jax.training.efficiency import Clock, peak_memory
+from lowprec_jax.training.network import target_messages
 from lowprec_jax.training.processes import Processes, start_processes
 from lowprec_jax.training.profile_window import ProfileWindow
 from lowprec_jax.training.programs import Programs, ProgramTable
@@ -152,11 +153,12 @@ def _profile_window(config: TrainConfig, run: RunDirectory, completed: int) -> P
 def _headline(config: TrainConfig, programs: Programs, params: Any) -> str:
     """What is trained, in which matmuls, before anything is."""
     parameters, gemms = sum(x.size for x in jax.tree.leaves(params)), programs.gemms
-    return (
+    headline = (
         f"{config.name}: {parameters:,} parameters, recipe {programs.precision.recipe}, "
-        f"{config.mesh.size} x {jax.devices()[0].device_kind}. FP8 matmuls in the lowered step: "
-        f"{gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}."
+        f"{config.mesh.size} x {jax.devices()[0].device_kind}. Low-precision matmuls in the "
+        f"lowered step: {gemms.native} native, {gemms.emulated} exact upcasts, of {gemms.total}."
     )
+    return "\n".join([headline, *target_messages(config)])
 
 
 def _said(kind: str, fields: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowprec_jax import recipes, state
+from lowprec_jax.errors import UserError
 from lowprec_jax.models import Transformer, TransformerConfig, next_token_loss, partitioning
 from lowprec_jax.nnx import Scaling, gather_kernels, plan, quantize
 from lowprec_jax.nnx.sites import iter_sites
-from lowprec_jax.ops import Gather, gather
+from lowprec_jax.ops import Gather, check_backend, gather
 from lowprec_jax.ops.plan import Plan
+from lowprec_jax.recipes import translate_rules
 from lowprec_jax.sharding import (
     FSDP_AXIS,
     TENSOR_AXIS,
@@ -27,6 +30,7 @@ from lowprec_jax.sharding import (
 )
 from lowprec_jax.training.config import ModelConfig, PrecisionConfig, TrainConfig
 from lowprec_jax.training.mesh_config import MeshConfig
+from lowprec_jax.training.phases import precision_at
 
 Tree = Any
 
@@ -59,8 +63,8 @@ def build_network(config: TrainConfig, vocab_size: int) -> Network:
     """Builds the model of a run and lays it out over its devices.
 
     Raises:
-      UserError: an unknown recipe, a rule that matches no layer, a mesh that the devices or the
-        sizes of the model do not allow.
+      UserError: an unknown recipe or target, a rule that matches no layer, a mesh that the devices
+        or the sizes of the model do not allow.
     """
     rules = precision_rules(config.precision)
 
@@ -203,7 +207,26 @@ def transformer_config(model: ModelConfig, vocab_size: int) -> TransformerConfig
 
 
 def precision_rules(precision: PrecisionConfig) -> tuple[recipes.Rule, ...]:
-    """The rules of a run: the config's, then the defaults. All recipes are observed."""
+    """The rules of a run: the config's, then the defaults. All recipes are observed.
+
+    Raises:
+      UserError: an unknown recipe or target.
+    """
+    return _rules_and_messages(precision)[0]
+
+
+def target_messages(config: TrainConfig) -> list[str]:
+    """What the target of a run changes and emulates, in any of its phases; each sentence once."""
+    begins = [0, *(phase.begin(config.steps) for phase in config.precision.phases)]
+    said = (_rules_and_messages(precision_at(config, begin))[1] for begin in begins)
+    return list(dict.fromkeys(itertools.chain.from_iterable(said)))
+
+
+def _rules_and_messages(
+    precision: PrecisionConfig,
+) -> tuple[tuple[recipes.Rule, ...], tuple[str, ...]]:
+
+    _check_backend(precision.backend)
 
     def configured(name: str) -> recipes.Recipe:
         recipe = recipes.get_recipe(name)
@@ -216,11 +239,20 @@ def precision_rules(precision: PrecisionConfig) -> tuple[recipes.Rule, ...]:
             margin=precision.margin,
             scale_rounding=precision.scale_rounding,
             amax_scope=precision.amax_scope,
+            backend=precision.backend,
             observe=True,
         )
 
     own = (recipes.Rule(rule.path, configured(rule.recipe)) for rule in precision.rules)
-    return (*own, *recipes.default_rules(configured(precision.recipe)))
+    rules = (*own, *recipes.default_rules(configured(precision.recipe)))
+    return (rules, ()) if precision.target is None else translate_rules(rules, precision.target)
+
+
+def _check_backend(name: str | None) -> None:
+    try:
+        check_backend(name)
+    except ValueError as error:
+        raise UserError(f"precision.backend: {error}") from None
 
 
 def operand_names(scaling: Tree) -> list[str]:

@@ -1,6 +1,6 @@
 """Which recipe which layers follow, and when. Imports no JAX.
 
-Names of recipes are checked later, by their registry. Public names: `PrecisionConfig`,
+Names of recipes and chips are checked later, by their registries. Public names: `PrecisionConfig`,
 `PhaseConfig`, `RuleConfig`.
 """
 
@@ -83,8 +83,16 @@ class PrecisionConfig:
     """Round scales up to powers of two."""
     amax_scope: Literal["global", "local"] = "global"
     """Current scaling of an array that devices share: one scale, or one for each part."""
+    target: str | None = None
+    """Chip whose formats are used, such as "amd-mi300"; None: the formats of the recipes."""
+
+    backend: str | None = None
+    """How low-precision matmuls are executed: "native", "upcast", "block_scaled", or the studies
+    "truncated" and "promoted"; None: as the device does it best."""
 
     def __post_init__(self) -> None:
         require(self.recipe != "", "recipe is empty; give the name of a recipe.")
+        require(self.backend != "", "backend is empty; give the name of one, or null for none.")
+        require(self.target != "", "target is empty; give the name of a chip, or null for none.")
         require_between("history_length", self.history_length, 1, 2**16, closed_high=True)
         require_between("margin", self.margin, 0, 128)  # float32 ends at 2**128

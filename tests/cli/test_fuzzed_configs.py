@@ -92,11 +92,17 @@ _TEXTS = {
     "wandb": (),
     "data.source": ("",),
     "precision.recipe": ("",),
+    "precision.target": ("",),
+    "precision.backend": ("",),
     "distributed.coordinator": ("", "host", "host:", "host:0", "host:99999", ":9", "h:x"),
 }
 _SECTIONS = ("model", "data", "precision", "optim", "mesh", "distributed", "guard", "health")
 _LISTS = ("precision.rules", "precision.phases")
-_FILE_OR_NOTHING = {"distributed.coordinator"}  # text that may be null
+_FILE_OR_NOTHING = {
+    "distributed.coordinator",
+    "precision.target",
+    "precision.backend",
+}  # text that may be null
 
 # Items of lists: the list, and how the message begins to name what is wrong with it.
 _RULES = [
@@ -217,7 +223,11 @@ def _file(mistake: _Mistake) -> list[str]:
 
 def _base_file(mistake: _Mistake) -> list[str]:
     _write("base.yaml", _yaml(_nested(mistake.key, mistake.value)))
-    return _write("mine.yaml", _yaml({"extends": "base.yaml", "model": {"num_layers": 2}}))
+    # Another section: one in the file would hide a mistake in the same section of its base.
+    other = (
+        {"optim": {"b1": 0.9}} if mistake.key.startswith("model") else {"model": {"num_layers": 2}}
+    )
+    return _write("mine.yaml", _yaml({"extends": "base.yaml", **other}))
 
 
 def _flags(mistake: _Mistake) -> list[str]:

@@ -18,8 +18,9 @@ from lowprec_jax.numerics import (
     underflow_fraction,
 )
 
-NARROW = [f for f in numerics.formats() if f.element and f.is_low_precision]
-ELEMENTS = [f for f in numerics.formats() if f.element]
+HELD = [f for f in numerics.formats() if f.dtype == oracles.ML_DTYPES.get(f.name)]
+NARROW = [f for f in HELD if f.element and f.bits == 8]
+ELEMENTS = [f for f in HELD if f.element]
 COMPILED = jax.jit(range_statistics, static_argnums=2)
 
 

@@ -14,8 +14,9 @@ from lowprec_jax.numerics import E4M3FN, E5M2, ScaledArray, dequantize
 quantize = jax.jit(numerics.quantize, static_argnums=1)
 fake_quantize = jax.jit(numerics.fake_quantize, static_argnums=1, static_argnames="rounding")
 
-NARROW = [f for f in numerics.formats() if f.element and f.is_low_precision]
-COMPUTE = [f for f in numerics.formats() if f.element and not f.is_low_precision]
+HELD = [f for f in numerics.formats() if f.dtype == oracles.ML_DTYPES.get(f.name)]
+NARROW = [f for f in HELD if f.element and f.bits == 8]
+COMPUTE = [f for f in HELD if f.bits > 8]
 
 
 def _normal(seed, shape=(48, 80)):

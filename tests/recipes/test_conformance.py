@@ -14,6 +14,7 @@ from lowprec_jax import ops, state
 from lowprec_jax.numerics import sqnr_db
 from lowprec_jax.recipes import (
     FP8_DELAYED,
+    Role,
     get_recipe,
     init_state,
     recipes,
@@ -84,7 +85,9 @@ def check_accuracy(recipe):
     x, w, _ = _arrays(1)
     out = ops.dot_general(x, w, DIMS, recipe=recipe, state=_warm(recipe)["layer"])
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    assert float(sqnr_db(jnp.asarray(exact, jnp.float32), out)) > 24  # e4m3fn: 28 dB on average
+    bits = [f.bits for r in (Role.LHS, Role.RHS) if (f := recipe.formats_of(r)[0])]
+    bound = 3 * min(bits, default=8)  # on average e4m3fn 28 dB, e2m1 16 dB, int4 17 dB
+    assert float(sqnr_db(jnp.asarray(exact, jnp.float32), out)) > bound
 
 
 def check_gradient(recipe):
@@ -93,7 +96,9 @@ def check_gradient(recipe):
     (_, dw), tree = _step(recipe)(w, tree, x, c)
     exact = np.asarray(x, np.float64).T @ np.asarray(c, np.float64)
     error = np.linalg.norm(dw - exact) / np.linalg.norm(exact)
-    assert error < 0.08  # e5m2 output gradients, row 6 of the table of peers
+    bits = min((f.bits for f in recipe.formats_of(Role.OUTPUT_GRAD) if f), default=8)
+    # e5m2 output gradients lose 23.5 dB; stochastically rounded e2m1 ones 16 dB.
+    assert error < 10 ** (-2.75 * bits / 20)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
 
 

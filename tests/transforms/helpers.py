@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec_jax.recipes import Column, Role, init_state, recipes
+from lowprec_jax.recipes import Column, Gemm, Role, init_state, recipes
 
 WIDTH, BATCH, LAYERS, DEVICES, STEPS = 32, 16, 2, 8, 2
 
@@ -47,18 +47,29 @@ def batch(step):
 
 
 def exact(recipe):
-    """A recipe on whose grid the data are."""
-    return dataclasses.replace(recipe, scale_rounding="power_of_two")
+    """A recipe on whose grid the data are: scales are powers of two, nothing is rotated."""
+
+    def unrotated(gemm):
+        return gemm and Gemm(
+            *(side and dataclasses.replace(side, hadamard=0) for side in (gemm.left, gemm.right))
+        )
+
+    gemms = {name: unrotated(getattr(recipe, name)) for name in ("fwd", "dgrad", "wgrad")}
+    return dataclasses.replace(recipe, scale_rounding="power_of_two", **gemms)
+
+
+def state_kind(recipe):
+    """What a recipe's state is for: nothing, histories, or a counter."""
+    return recipe.quantizes, recipe.delayed, recipe.stochastic
 
 
 def recipe_groups():
-    """All registered recipes, and one that observes without delay, by where scales come from."""
+    """All registered recipes, and one that observes without delay, by the state they keep."""
     current = next(r for r in recipes() if r.quantizes and not r.stateful)
     observing = dataclasses.replace(current, name="observing", observe=True)
     groups = {}
     for recipe in [*recipes(), observing]:
-        kind = (recipe.quantizes, recipe.delayed)
-        groups.setdefault(kind, []).append(exact(recipe))
+        groups.setdefault(state_kind(recipe), []).append(exact(recipe))
     return list(groups.values())
 
 

@@ -30,6 +30,7 @@ from transforms.helpers import (
     chain,
     experts,
     recipe_groups,
+    state_kind,
 )
 from transforms.pairwise import all_pairs, covering_array, pairs_of
 
@@ -303,8 +304,8 @@ def test_transform__recipe_and_front_end__is_bitwise_what_numpy_says(cell):
 
 def test_matrix__covering_array__has_every_pair_and_every_recipe():
     rows = matrix(full=False)
-    kinds = [((r.quantizes, r.delayed), front_end, name) for r, front_end, name in rows]
-    groups = [(g[0].quantizes, g[0].delayed) for g in recipe_groups()]
+    kinds = [(state_kind(recipe), front_end, name) for recipe, front_end, name in rows]
+    groups = [state_kind(group[0]) for group in recipe_groups()]
     found = set().union(*map(pairs_of, kinds))
     assert found == all_pairs([groups, list(ADAPTERS), list(TRANSFORMS)])
     assert {r.name for r, _, _ in rows} == {r.name for group in recipe_groups() for r in group}

@@ -1,0 +1,81 @@
+"""Rounding to a float format and back, by integer arithmetic on the bits of f32."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowprec_jax.numerics.float_format import FloatFormat
+
+_F32_MANTISSA = 23
+_F32_BIAS = 127
+_SIGN = 0x80000000
+_MAGNITUDE = 0x7FFFFFFF
+_EXPONENT = 0x7F800000
+
+
+def round_to_float(x: jax.Array, fmt: FloatFormat, key: jax.Array | None) -> jax.Array:
+    """Codes of f32 values: saturating, to nearest even, or stochastically with a key.
+
+    A magnitude is a whole number of steps ("ulps") of its binade, where the binades below the
+    smallest normal number share its step. Adding 2**23 steps makes the f32 addition round to whole
+    steps (nearest, ties to even), and the low bits of the sum are their number; the code is that
+    number plus the offset of the binade. A carry into the next binade is the next code, as wanted.
+
+    NaN becomes ``fmt.nan_code``; where there is none, the code of -0, as in `ml_dtypes`.
+    """
+    mantissa = fmt.mantissa_bits
+    min_exponent = _F32_BIAS + 1 - fmt.bias  # biased f32 exponent of fmt.min_normal
+    bits = _as_bits(x)
+    magnitude = _as_float(bits & jnp.uint32(_MAGNITUDE))
+    clipped = jnp.minimum(magnitude, jnp.float32(fmt.max))
+    binade = jnp.maximum(
+        _as_bits(clipped) & jnp.uint32(_EXPONENT), jnp.uint32(min_exponent << _F32_MANTISSA)
+    )
+    if key is None:
+        magic = binade + jnp.uint32((_F32_MANTISSA - mantissa) << _F32_MANTISSA)
+        steps = _as_bits(clipped + _as_float(magic)) - magic
+    else:
+        steps = _stochastic_steps(clipped, binade, fmt, key)
+    code = steps + (binade >> (_F32_MANTISSA - mantissa)) - jnp.uint32(min_exponent << mantissa)
+    sign = (bits & jnp.uint32(_SIGN)) >> (32 - fmt.bits)
+    code = code | sign if fmt.has_negative_zero else jnp.where(code == 0, code, code | sign)
+    nan = jnp.uint32(fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
+    code = jnp.where(jnp.isnan(magnitude), nan, code).astype(f"uint{8 * fmt.dtype.itemsize}")
+    return lax.bitcast_convert_type(code, fmt.dtype)
+
+
+def _stochastic_steps(
+    magnitude: jax.Array, binade: jax.Array, fmt: FloatFormat, key: jax.Array
+) -> jax.Array:
+    """Whole steps of the binade, rounded up with the probability of the fraction."""
+    to_steps = jnp.uint32((2 * _F32_BIAS + fmt.mantissa_bits) << _F32_MANTISSA) - binade
+    steps = magnitude * _as_float(to_steps)  # exact: a power of two
+    whole = jnp.floor(steps)
+    up = jax.random.uniform(key, magnitude.shape) < steps - whole
+    # fmt.max is on the grid: a clipped magnitude has no fraction there and cannot exceed it.
+    return whole.astype(jnp.uint32) + up.astype(jnp.uint32)
+
+
+def float_from_code(codes: jax.Array, fmt: FloatFormat) -> jax.Array:
+    """f32 values of the low ``fmt.bits`` bits of unsigned codes; for formats without Inf and NaN.
+
+    Normal numbers are shifted into place. Subnormals are counted in steps: to shift them too and
+    multiply would pass through f32 subnormals, which XLA:CPU flushes to zero.
+    """
+    code = codes.astype(jnp.int32)
+    magnitude = code & (fmt.sign_bit - 1)
+    to_place = _F32_MANTISSA - fmt.mantissa_bits
+    normal = lax.bitcast_convert_type(
+        (magnitude << to_place) + ((_F32_BIAS - fmt.bias) << _F32_MANTISSA), jnp.float32
+    )
+    subnormal = magnitude.astype(jnp.float32) * jnp.float32(fmt.min_subnormal)
+    value = jnp.where(magnitude < 1 << fmt.mantissa_bits, subnormal, normal)
+    return jnp.where(code & fmt.sign_bit != 0, -value, value)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _as_float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
