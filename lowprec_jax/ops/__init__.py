@@ -19,6 +19,7 @@ from lowprec_jax.ops.gather import Gather, gather
 from lowprec_jax.ops.program import GemmCount, count_gemms
 from lowprec_jax.ops.ragged_dot import ragged_dot
 from lowprec_jax.ops.sinks import IndexedSink, Probe, Sink
+from lowprec_jax.ops.smoothing import channel_factors, fold_factors, smooth_dot_general
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +29,7 @@ __all__ = [
     "IndexedSink",
     "Probe",
     "Sink",
+    "channel_factors",
     "check_backend",
     "collectives",
     "cond",
@@ -36,10 +38,12 @@ __all__ = [
     "dot",
     "dot_general",
     "einsum",
+    "fold_factors",
     "format_collectives",
     "gather",
     "promoted",
     "ragged_dot",
+    "smooth_dot_general",
     "stablehlo_collectives",
     "truncated",
 ]

@@ -15,7 +15,7 @@ _LAYER_MARK = "lowprec_layer:"
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """Matmuls of one place in a program.
+    """Matmuls and convolutions of one place in a program.
 
     Attributes:
       layer: path of the layer they belong to; empty for code that the adapter cannot reach.
@@ -51,16 +51,29 @@ def mark_layer(path: str, op: Callable) -> Callable:
 
 
 def find_matmuls(jaxpr: Any) -> list[Matmul]:
-    """All matmuls of a traced program (`jax.make_jaxpr`), those of marked layers by their path."""
+    """All matmuls and convolutions of a traced program (`jax.make_jaxpr`), by path of the layer."""
     return list(_walk(getattr(jaxpr, "jaxpr", jaxpr), "", 1))
+
+
+def _matmul_depth(rhs: tuple[int, ...], dimension_numbers: Any) -> int:
+    (_, contracted), _ = dimension_numbers
+    return math.prod(rhs[axis] for axis in contracted)
+
+
+def _convolution_depth(rhs: tuple[int, ...], dimension_numbers: Any) -> int:
+    _, *contracted = dimension_numbers.rhs_spec
+    return math.prod(rhs[axis] for axis in contracted)
+
+
+# Multiply-adds for each element of the result.
+_DEPTHS = {"dot_general": _matmul_depth, "conv_general_dilated": _convolution_depth}
 
 
 def _walk(jaxpr: Any, layer: str, calls: int) -> Iterator[Matmul]:
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name in _DEPTHS:
             lhs, rhs = (tuple(v.aval.shape) for v in eqn.invars)
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = math.prod(lhs[axis] for axis in contracted)
+            depth = _DEPTHS[eqn.primitive.name](rhs, eqn.params["dimension_numbers"])
             flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
             yield Matmul(layer, lhs, rhs, calls, calls * flops)
         name = str(eqn.params.get("name", ""))

@@ -96,8 +96,8 @@ def _multiply_tiles(
     else:
         result = (dequantized if backend == "upcast" else in_blocks)(left, right)
     for operand in (left, right):
-        if operand.global_scale is not None:
-            result = result * operand.global_scale
+        scale = operand.scale if operand.per_tensor else operand.global_scale
+        result = result if scale is None else result * scale
     return result
 
 
@@ -140,4 +140,5 @@ def _laid_out(x: ScaledArray, contracted, batch, *, before: int = 0, after: int 
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantized_operand(x: ScaledArray, dtype) -> jax.Array:
     """The operand without the scale of the tensor; a function that `count_gemms` knows by name."""
-    return decode(x.data, x.format, dtype) * spread(x.scale, x.shape, x.tile).astype(dtype)
+    values = decode(x.data, x.format, dtype)
+    return values if x.per_tensor else values * spread(x.scale, x.shape, x.tile).astype(dtype)

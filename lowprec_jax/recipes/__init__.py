@@ -33,7 +33,7 @@ from lowprec_jax.recipes.scaling_state import (
     is_calibrated,
     merge_observations,
 )
-from lowprec_jax.recipes.targets import Target, get_target, targets, translate, translate_rules
+from lowprec_jax.recipes.target import Target, get_target, targets, translate, translate_rules
 
 __all__ = [
     "FP8_BLOCK",

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from lowprec_jax import ops
-from lowprec_jax.numerics import get_format
-from lowprec_jax.recipes import Gemm, get_recipe, init_state
+from lowprec_jax.numerics import E4M3FN as E4M3_FORMAT
+from lowprec_jax.numerics import Quantizer, get_format
+from lowprec_jax.recipes import Gemm, Recipe, get_recipe, init_state
 
 # lhs [b, t, k] x rhs [k, h, n]: no axis is a multiple of a block.
 B, T, K, H, N = 2, 20, 136, 2, 132
@@ -258,16 +259,19 @@ def test_dot_general__stochastic_recipe__needs_a_counter_and_moves_with_it():
     recipe = get_recipe("nvfp4")
     with pytest.raises(ValueError, match="rounds gradients stochastically, from a step counter"):
         run(recipe, x, w, g)
-    state = init_state(recipe)
-    first = run(recipe, x, w, g, state=state)
-    again = run(recipe, x, w, g, state=state)
-    later = run(recipe, x, w, g, state={**state, "counter": jnp.float32(1)})
-    other = run(recipe, x, w, g, state={**state, "seed": 1})
-    for a, b in zip(first, again, strict=True):
-        np.testing.assert_array_equal(a, b)
-    for moved in (later, other):
-        np.testing.assert_array_equal(first[0], moved[0])  # nothing random in the forward pass
-        assert (np.asarray(first[1]) != np.asarray(moved[1])).mean() > 0.5
+
+    @jax.jit
+    def drawn(counter, seed):
+        state = {**init_state(recipe), "counter": counter, "seed": seed}
+        out, vjp = jax.vjp(lambda x: ops.dot_general(x, w, DIMS, recipe=recipe, state=state), x)
+        return out, *vjp(jnp.asarray(g))
+
+    draws = [(0, 0), (0, 0), (1, 0), (0, 1)]
+    first, again, *moved = (drawn(jnp.float32(a), jnp.uint32(b)) for a, b in draws)
+    np.testing.assert_array_equal(first[1], again[1])
+    for other in moved:
+        np.testing.assert_array_equal(first[0], other[0])  # nothing random in the forward pass
+        assert (np.asarray(first[1]) != np.asarray(other[1])).mean() > 0.5
 
 
 def test_dot_general__stochastic_gradients__have_the_mean_of_the_exact_ones():
@@ -289,6 +293,14 @@ def test_dot_general__stochastic_gradients__have_the_mean_of_the_exact_ones():
     assert error < 1.2 * single / np.sqrt(64)
     nearest = np.float64(run(deterministic(recipe), x, w, g)[1])
     assert np.linalg.norm(nearest - exact) / np.linalg.norm(exact) > 3 * error
+
+
+def test_dot_general__one_scale_and_blocks__leaves_the_scale_of_the_tensor_exact():
+    tensor, block = Quantizer(E4M3_FORMAT), Quantizer(E4M3_FORMAT, 32, 1, "rceil")
+    x, w, g = data()
+    out, _, _ = run(Recipe(name="mixed", fwd=Gemm(tensor, block)), x, w, g)
+    x_q, w_q = E4M3_FLOAT(x, TENSOR["x_fwd"]), by(E4M3, rceil(448))(w, (32, 1, 1))
+    assert_close(out, np.einsum("btk,khn->bthn", x_q, w_q))
 
 
 def test_dot_general__zero_size_operands__give_empty_or_zero_results():

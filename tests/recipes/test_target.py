@@ -13,8 +13,8 @@ from lowprec_jax import ops, recipes
 from lowprec_jax.errors import UserError
 from lowprec_jax.numerics import E2M3, E4M3, E4M3FN, E5M2, Quantizer, get_format
 from lowprec_jax.recipes import Gemm, Recipe, Role
-from lowprec_jax.recipes import targets as targets_module
-from lowprec_jax.recipes.targets import (
+from lowprec_jax.recipes import target as target_module
+from lowprec_jax.recipes.target import (
     Target,
     register_target,
     targets,
@@ -119,7 +119,14 @@ THREE = "(fwd, dgrad, wgrad)"
 def test_translate__what_the_chip_lacks__is_said_with_its_gemms(recipe, target, expected):
     translated, messages = translate(recipe, target)
     assert messages == tuple(f"{recipe} on {target}: {text}." for text in expected)
-    assert translated == recipes.get_recipe(recipe)
+    in_blocks = recipe in ("mxfp8", "mxfp4", "nvfp4") and not expected and target != "cpu"
+    backend = "block_scaled" if in_blocks else None
+    assert translated == dataclasses.replace(recipes.get_recipe(recipe), backend=backend)
+
+
+def test_translate__backend_that_was_asked_for__is_kept():
+    recipe = dataclasses.replace(recipes.MXFP8, backend="upcast")
+    assert translate(recipe, "nvidia-blackwell").recipe.backend == "upcast"
 
 
 def test_translate__fp8_without_a_rate_of_its_own__is_said():
@@ -148,7 +155,7 @@ def test_translate__shapes_and_types_without_a_kernel__are_emulated(quantizer, t
 
 
 @pytest.mark.parametrize("target", [target.name for target in targets()])
-@pytest.mark.parametrize("recipe", [*recipes.recipes(), "w4a8"], ids=str)
+@pytest.mark.parametrize("recipe", [*(r.name for r in recipes.recipes()), "w4a8"])
 def test_translate__any_recipe_on_any_chip__keeps_its_state_and_settles(recipe, target):
     recipe = dataclasses.replace(recipes.get_recipe(recipe), observe=True)
     translated, _ = translate(recipe, target)
@@ -158,7 +165,10 @@ def test_translate__any_recipe_on_any_chip__keeps_its_state_and_settles(recipe, 
     assert before == after
     assert translate(translated, target).recipe == translated
     changed = dataclasses.replace(
-        translated, name=recipe.name, **{name: getattr(recipe, name) for name in ALL}
+        translated,
+        name=recipe.name,
+        backend=recipe.backend,
+        **{name: getattr(recipe, name) for name in ALL},
     )
     assert changed == recipe
 
@@ -197,7 +207,7 @@ def test_get_target__unknown_name__lists_and_suggests():
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(targets_module, "_REGISTRY", dict(targets_module._REGISTRY))
+    monkeypatch.setattr(target_module, "_REGISTRY", dict(target_module._REGISTRY))
 
 
 @pytest.mark.usefixtures("registry")

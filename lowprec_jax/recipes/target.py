@@ -46,7 +46,8 @@ class Translation(NamedTuple):
     """A recipe as a chip executes it.
 
     Attributes:
-      recipe: with the formats of the chip, named ``"fp8_delayed@amd-mi300"`` if they are others.
+      recipe: with the formats of the chip, named ``"fp8_delayed@amd-mi300"`` if they are others,
+        and the "block_scaled" backend where the chip multiplies its blocks.
       messages: a sentence for each format that was changed and for all that is emulated.
     """
 
