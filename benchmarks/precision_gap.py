@@ -1,17 +1,19 @@
-"""What FP8 costs in quality: the same training runs in FP8, BF16 and FP32, compared seed by seed.
+"""What low precision costs in quality: the same training runs in each, compared seed by seed.
 
     python -m benchmarks.precision_gap --source shakespeare.txt --seeds 5
+    python -m benchmarks.precision_gap --source shakespeare.txt --seeds 3 --recipes mxfp8,nvfp4,int8
 
-Trains ``configs/shakespeare_char`` (its header says where the text comes from) with fp8_delayed,
-fp8_current, bf16 and fp32. Runs of one seed start from the same weights and see the same batches,
-so that their difference is the precision and rounding noise. Reported for every recipe: the loss
-over the whole validation split, mean and standard error; the paired differences to BF16 and FP32
-of that loss and of the mean training loss of the last steps.
+Trains ``configs/shakespeare_char`` (its header says where the text comes from) with the recipes,
+fp8_delayed and fp8_current unless others are named, and with bf16 and fp32. Runs of one seed start
+from the same weights and see the same batches, so that their difference is the precision and
+rounding noise. Reported for every recipe: the loss over the whole validation split, mean and
+standard error; the paired differences to BF16 and FP32 of that loss and of the mean training loss
+of the last steps.
 
 Every run is a process of its own. Finished runs in the output folder are not repeated: call it
 again to go on, with more seeds to add some. A run takes about a minute on two idle cores.
 
-Writes ``gap.json`` and ``gap.png`` into the output folder after every run. Exit code 0: each FP8
+Writes ``gap.json`` and ``gap.png`` into the output folder after every run. Exit code 0: each
 recipe stays within the limits below; 1: one does not, or runs are missing; 2: bad input. Expect
 differences of a few thousandths of a nat, of the size of their standard errors. ``--report-only``
 trains nothing. Other options go to the training runs: ``--steps 500 --model.width 64``.
@@ -34,20 +36,17 @@ from typing import Any
 
 from benchmarks.machine import RAISED_THRESHOLDS, describe_machine, write_json
 
-# A variant is a config and its overrides. The order within a seed makes early results informative.
-VARIANTS = {
-    "fp8_delayed": ("shakespeare_char", ("--precision.recipe", "fp8_delayed")),
-    "bf16": ("shakespeare_char_bf16", ()),
-    "fp32": ("shakespeare_char_fp32", ()),
-    "fp8_current": ("shakespeare_char", ("--precision.recipe", "fp8_current")),
-}
-FP8, REFERENCES = ("fp8_delayed", "fp8_current"), ("bf16", "fp32")
+RECIPES = ("fp8_delayed", "fp8_current")
+# Configs that recipes are compared with.
+REFERENCES = {"bf16": "shakespeare_char_bf16", "fp32": "shakespeare_char_fp32"}
 
 # Limits in nats per token. The first is absolute: the whole validation split of tinyshakespeare
 # after 2,000 steps. The others bound the mean paired differences to BF16 and to FP32.
 MAX_VALIDATION_LOSS = 1.72
 MAX_VALIDATION_GAP = 0.015
 MAX_TRAINING_GAP = 0.010
+# Recipes of four bits have gaps of their own; what is None is reported and not judged.
+OTHER_GAPS = {"nvfp4": 0.05, "mxfp4": None}
 
 # The runs write no files that the study does not read, and evaluate once, at the end.
 _QUIET = (
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not options.report_only:
         for seed in range(options.seeds):
-            for variant in VARIANTS:
+            for variant in _variants(options):
                 if not _is_finished(out, variant, seed):
                     _train(out, variant, seed, options.source, overrides)
                     _report(out, options)
@@ -94,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(_table(report))
     verdict = report["verdict"]
     return 0 if verdict["within_limits"] and verdict["complete"] else 1
+
+
+def _variants(options: argparse.Namespace) -> tuple[str, ...]:
+    """Recipes and references; the order within a seed makes early results informative."""
+    first, *others = options.recipes
+    return (first, *REFERENCES, *others)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--source", default="shakespeare.txt", help="the text to train on")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe: seeds 0, 1, …")
+    parser.add_argument(
+        "--recipes",
+        type=lambda text: tuple(text.split(",")),
+        default=RECIPES,
+        help="what is compared with bf16 and fp32, names joined by commas",
+    )
     parser.add_argument("--out", default="runs/precision_gap", help="folder of runs and report")
     parser.add_argument(
         "--last-steps", type=int, default=200, help="steps that the mean training loss is over"
@@ -153,7 +164,8 @@ def _train(out: Path, variant: str, seed: int, source: str, overrides: Sequence[
     if path.exists():
         shutil.rmtree(path)
     print(f"{variant}, seed {seed}:", flush=True)
-    config, own = VARIANTS[variant]
+    own = () if variant in REFERENCES else ("--precision.recipe", variant)
+    config = REFERENCES.get(variant, "shakespeare_char")
     command = [sys.executable, "-m", "lowprec_jax", "train", "--config", config, *own, *_QUIET]
     command += ["--data.source", source, "--seed", str(seed), *overrides]
     command += ["--name", f"{variant}-{seed}", "--run_dir", str(path)]
@@ -188,7 +200,7 @@ def _report(out: Path, options: argparse.Namespace) -> dict[str, Any]:
             for seed in range(options.seeds)
             if _is_finished(out, variant, seed)
         }
-        for variant in VARIANTS
+        for variant in _variants(options)
     }
     report = {
         "machine": describe_machine(),
@@ -212,12 +224,12 @@ def _report(out: Path, options: argparse.Namespace) -> dict[str, Any]:
             for variant, by_seed in results.items()
         },
         "gaps": {
-            f"{fp8} - {reference}": _gap(results[fp8], results[reference])
-            for fp8 in FP8
+            f"{recipe} - {reference}": _gap(results[recipe], results[reference])
+            for recipe in options.recipes
             for reference in REFERENCES
         },
     }
-    report["verdict"] = _verdict(report, options.seeds)
+    report["verdict"] = _verdict(report, options)
     write_json(out / "gap.json", report)
     _plot(results, report, out / "gap.png")
     return report
@@ -234,24 +246,29 @@ def _mean(values: Iterable[float]) -> dict[str, Any]:
     }
 
 
-def _gap(fp8: dict[int, Result], reference: dict[int, Result]) -> dict[str, Any]:
+def _gap(recipe: dict[int, Result], reference: dict[int, Result]) -> dict[str, Any]:
     """Paired differences over the seeds that both have."""
-    seeds = [seed for seed in fp8 if seed in reference]
+    seeds = [seed for seed in recipe if seed in reference]
     return {
-        "validation": _mean(fp8[s].validation - reference[s].validation for s in seeds),
-        "training": _mean(fp8[s].training - reference[s].training for s in seeds),
+        "validation": _mean(recipe[s].validation - reference[s].validation for s in seeds),
+        "training": _mean(recipe[s].training - reference[s].training for s in seeds),
     }
 
 
-def _verdict(report: dict[str, Any], seeds: int) -> dict[str, Any]:
+def _verdict(report: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Every limit with its value; a NaN or a missing value is not within it."""
-    checks = [
-        (f"validation loss {fp8}", report["means"][fp8]["validation"], MAX_VALIDATION_LOSS)
-        for fp8 in FP8
-    ]
-    for name, gap in report["gaps"].items():
-        checks.append((f"validation gap {name}", gap["validation"], MAX_VALIDATION_GAP))
-        checks.append((f"training gap {name}", gap["training"], MAX_TRAINING_GAP))
+    checks = []
+    for recipe in options.recipes:
+        if recipe not in OTHER_GAPS:
+            loss = report["means"][recipe]["validation"]
+            checks.append((f"validation loss {recipe}", loss, MAX_VALIDATION_LOSS))
+        for reference in REFERENCES:
+            name = f"{recipe} - {reference}"
+            gap, limit = report["gaps"][name], OTHER_GAPS.get(recipe, MAX_VALIDATION_GAP)
+            if limit is not None:
+                checks.append((f"validation gap {name}", gap["validation"], limit))
+            if recipe not in OTHER_GAPS:
+                checks.append((f"training gap {name}", gap["training"], MAX_TRAINING_GAP))
     rows = [
         {
             "what": what,
@@ -262,7 +279,7 @@ def _verdict(report: dict[str, Any], seeds: int) -> dict[str, Any]:
         for what, found, limit in checks
     ]
     return {
-        "complete": all(found["n"] == seeds for _, found, _ in checks),
+        "complete": all(found["n"] == options.seeds for _, found, _ in checks),
         "within_limits": all(row["within"] for row in rows),
         "checks": rows,
     }
@@ -316,8 +333,8 @@ def _plot(results: dict[str, dict[int, Result]], report: dict[str, Any], path: P
     curves.set_yscale("log")
     curves.legend()
     for row, (name, gap) in enumerate(report["gaps"].items()):
-        fp8, reference = (results[variant] for variant in name.split(" - "))
-        points = [fp8[s].validation - reference[s].validation for s in fp8 if s in reference]
+        recipe, reference = (results[variant] for variant in name.split(" - "))
+        points = [recipe[s].validation - reference[s].validation for s in recipe if s in reference]
         gaps.scatter(points, [row] * len(points), color="#b8c4d6")
         found = gap["validation"]
         if found["mean"] is not None:

@@ -15,6 +15,7 @@ import jax
 from flax import linen as nn
 
 from lowprec_jax.errors import UserError
+from lowprec_jax.linen.conv import conv_general_dilated_cls
 from lowprec_jax.linen.dot_general import dot_general_cls
 from lowprec_jax.linen.modules import apply_einsum
 from lowprec_jax.recipes import Recipe, Rules, as_rules, assign
@@ -25,7 +26,7 @@ class Layer(NamedTuple):
 
     Attributes:
       path: module path, components joined by ``/``; empty if the model itself is the layer.
-      kind: "Dense", "DenseGeneral" or "Einsum".
+      kind: "Dense", "DenseGeneral", "Conv" or "Einsum".
       kernel_shape: shape of the kernel, of one layer where a scan stacks them.
     """
 
@@ -114,8 +115,9 @@ def quantize(model: nn.Module, rules: Rules) -> Quantized:
 
     Parameter tree and initial values are those of `model`, bit for bit; scaling state is a
     collection of its own. Reached are `nn.Dense`, `nn.DenseGeneral` (so the projections of stock
-    attention) and `nn.Einsum`; a layer with a `dot_general` of its own keeps it. A delayed recipe
-    inside `nn.scan` or `nn.vmap` needs `OVERWRITE_WITH_GRADIENT` among its variable axes.
+    attention), `nn.Conv` and `nn.Einsum`; a layer with a `dot_general` or `conv_general_dilated` of
+    its own keeps it. A delayed recipe inside `nn.scan` or `nn.vmap` needs `OVERWRITE_WITH_GRADIENT`
+    among its variable axes.
 
     Args:
       model: any Linen model, not bound.
@@ -199,14 +201,41 @@ def _quantizing(prefix: tuple[str, ...], rules: tuple, met: set[str]) -> Callabl
     return intercept
 
 
+class _Slot(NamedTuple):
+    """Where a kind of layer takes its op.
+
+    Attributes:
+      layer: the kind; subclasses too.
+      attribute: takes a function; with ``_cls`` at its end, what makes a call site.
+      injection: that of a recipe.
+    """
+
+    layer: type[nn.Module]
+    attribute: str
+    injection: Callable
+
+
+_SLOTS = (
+    _Slot(nn.Dense, "dot_general", dot_general_cls),
+    _Slot(nn.DenseGeneral, "dot_general", dot_general_cls),
+    _Slot(nn.Conv, "conv_general_dilated", conv_general_dilated_cls),
+)
+
+
+def _slot_of(layer: nn.Module) -> _Slot | None:
+    return next((slot for slot in _SLOTS if isinstance(layer, slot.layer)), None)
+
+
 @contextlib.contextmanager
-def _injected(layer: nn.Dense | nn.DenseGeneral, recipe: Recipe) -> Iterator[None]:
+def _injected(layer: nn.Module, recipe: Recipe) -> Iterator[None]:
     """Fills the slot of a bound layer for one call; a clone would be a second call for Flax."""
-    object.__setattr__(layer, "dot_general_cls", dot_general_cls(recipe))
+    slot = _slot_of(layer)
+    assert slot is not None
+    object.__setattr__(layer, f"{slot.attribute}_cls", slot.injection(recipe))
     try:
         yield
     finally:
-        object.__setattr__(layer, "dot_general_cls", None)
+        object.__setattr__(layer, f"{slot.attribute}_cls", None)
 
 
 def _kind_of(context: nn.module.InterceptorContext) -> str | None:
@@ -214,10 +243,10 @@ def _kind_of(context: nn.module.InterceptorContext) -> str | None:
     layer = context.module
     if context.method_name != "__call__":
         return None
-    if isinstance(layer, nn.Dense | nn.DenseGeneral):
-        if layer.dot_general is not None or layer.dot_general_cls is not None:
-            return None
-        return "Dense" if isinstance(layer, nn.Dense) else "DenseGeneral"
+    slot = _slot_of(layer)
+    if slot is not None:
+        taken = getattr(layer, slot.attribute), getattr(layer, f"{slot.attribute}_cls")
+        return slot.layer.__name__ if taken == (None, None) else None
     # Einsum has no slot, so its call is replaced: that of a subclass may do more.
     return "Einsum" if type(layer) is nn.Einsum else None
 

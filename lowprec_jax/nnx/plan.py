@@ -11,6 +11,13 @@ from lowprec_jax.nnx.quantize import layers, op_attribute
 from lowprec_jax.ops.plan import Plan, find_matmuls, make_plan, mark_layer
 from lowprec_jax.recipes import Rules, assign
 
+# What stock layers have in the attribute that `quantize` replaces.
+_STOCK_OPS = {
+    "dot_general": lax.dot_general,
+    "einsum_op": jnp.einsum,
+    "conv_general_dilated": lax.conv_general_dilated,
+}
+
 
 def plan(model: nnx.Module, rules: Rules, *inputs: Any, **kwargs: Any) -> Plan:
     """Shows what `quantize` would do with these rules, without doing it.
@@ -34,8 +41,7 @@ def plan(model: nnx.Module, rules: Rules, *inputs: Any, **kwargs: Any) -> Plan:
         copy = nnx.merge(graphdef, state)
         for path, layer in layers(copy):
             attribute = op_attribute(layer)
-            plain = jnp.einsum if attribute == "einsum_op" else lax.dot_general
-            setattr(layer, attribute, nnx.static(mark_layer(path, plain)))
+            setattr(layer, attribute, nnx.static(mark_layer(path, _STOCK_OPS[attribute])))
         return jax.tree.leaves(copy(*inputs, **kwargs))
 
     return make_plan(assignments, find_matmuls(jax.make_jaxpr(forward)(state, *inputs)))

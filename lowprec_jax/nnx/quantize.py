@@ -1,14 +1,15 @@
-"""Quantizes an unmodified NNX model: its linear layers get our matmul in place of JAX's."""
+"""Quantizes an unmodified NNX model: its layers get our matmul or convolution in place of JAX's."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import nnx
 
-from lowprec_jax.nnx.sites import DotGeneral, EinsumOp
+from lowprec_jax.nnx.conv import ConvGeneralDilated
+from lowprec_jax.nnx.sites import DotGeneral, EinsumOp, Site
 from lowprec_jax.recipes import Assignment, Rules, assign
 
-Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv
 
 # Kind of layer -> (attribute that holds its op, our op, rank of its kernel without a stack).
 _KINDS: dict[type, tuple[str, Callable, Callable[[Any], int]]] = {
@@ -19,6 +20,7 @@ _KINDS: dict[type, tuple[str, Callable, Callable[[Any], int]]] = {
         lambda layer: len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features),
     ),
     nnx.Einsum: ("einsum_op", EinsumOp, lambda layer: len(layer.kernel_shape)),
+    nnx.Conv: ("conv_general_dilated", ConvGeneralDilated, lambda layer: len(layer.kernel_shape)),
 }
 
 
@@ -30,14 +32,14 @@ def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
 
 
 def quantize(model: nnx.Module, rules: Rules) -> nnx.Module:
-    """Makes the linear layers of a model compute as rules say. Changes `model` and returns it.
+    """Makes the layers of a model compute as rules say. Changes `model` and returns it.
 
     Parameters keep their names and values. Layers stacked for a scan (by `nnx.vmap`) get state
     with the same leading axis. Calling it again replaces recipes and starts scaling state anew.
 
     Args:
-      model: any NNX model made of `nnx.Linear`, `nnx.LinearGeneral` (attention projections too) and
-        `nnx.Einsum`.
+      model: any NNX model made of `nnx.Linear`, `nnx.LinearGeneral` (attention projections too),
+        `nnx.Einsum` and `nnx.Conv`.
       rules: a recipe or its name (embeddings, heads, routers and norms stay in high precision), or
         a sequence of rules; see `lowprec_jax.recipes`.
 
@@ -54,7 +56,7 @@ def quantize(model: nnx.Module, rules: Rules) -> nnx.Module:
 
 
 def op_attribute(layer: Layer) -> str:
-    """Name of the attribute that holds the matmul of a layer from `layers`."""
+    """Name of the attribute that holds the op of a layer from `layers`."""
     kind = _kind(layer)
     assert kind is not None
     return _KINDS[kind][0]
@@ -72,9 +74,11 @@ def _replace(layer: Layer, assignment: Assignment) -> None:
     kind = _kind(layer)
     assert kind is not None
     attribute, op, _ = _KINDS[kind]
-    has_recipe = isinstance(getattr(layer, attribute), DotGeneral | EinsumOp)
+    current = getattr(layer, attribute)
+    has_recipe = isinstance(current, Site)
     if not assignment.recipe.quantizes and not has_recipe:
         return
+    op = type(current) if has_recipe else op  # a smoothed layer stays one
     setattr(layer, attribute, nnx.data(op(assignment.recipe, stack=stack_of(layer))))
 
 

@@ -1,7 +1,7 @@
 """The registry: the number formats we know, as rows of data.
 
 Adding one is a `register_format` call; no other module branches on a format's name. Which chips
-take a format is in `lowprec_jax.recipes.targets`.
+take a format is in `lowprec_jax.recipes.target`.
 """
 
 import re

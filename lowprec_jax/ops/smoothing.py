@@ -51,7 +51,7 @@ def smooth_dot_general(
       **kwargs: see `dot_general`.
 
     Raises:
-      UserError: contracted axes of different sizes.
+      UserError: not one contracted axis, of equal size in both.
 
     Source: Fishman et al. 2024 (Smooth-SwiGLU), arXiv:2409.12517; SmoothQuant, arXiv:2211.10438,
       equation 4, with alpha 0.5.
@@ -61,22 +61,17 @@ def smooth_dot_general(
     recipe = get_recipe(recipe)
     if rhs_gather is not None:
         rhs = gather(rhs, rhs_gather)
-    (lhs_axes, rhs_axes), _ = dimension_numbers
-    if len(lhs_axes) != 1 or lhs.shape[lhs_axes[0]] != rhs.shape[rhs_axes[0]]:
-        raise UserError(
-            f"smooth_dot_general: contracts axes {tuple(lhs_axes)} of {lhs.shape} with "
-            f"{tuple(rhs_axes)} of {rhs.shape}; give one axis of channels, of equal size in both."
-        )
-    lhs_amax = _channel_amax(lhs, lhs_axes[0], recipe)
-    rhs_amax = _channel_amax(rhs, rhs_axes[0], recipe)
+    lhs_axis, rhs_axis = _channel_axes(lhs, rhs, dimension_numbers)
+    lhs_amax = _channel_amax(lhs, lhs_axis, recipe)
+    rhs_amax = _channel_amax(rhs, rhs_axis, recipe)
     factors = _factors(lhs_amax, rhs_amax)
     known = {
         Role.LHS: jnp.max(lhs_amax * factors, initial=0.0),
         Role.RHS: jnp.max(rhs_amax / factors, initial=0.0),
     }
     return dot_general(
-        _scaled(lhs, factors, lhs_axes[0]),
-        _scaled(rhs, 1 / factors, rhs_axes[0]),
+        _scaled(lhs, factors, lhs_axis),
+        _scaled(rhs, 1 / factors, rhs_axis),
         dimension_numbers,
         *args,
         recipe=recipe,
@@ -110,6 +105,17 @@ def fold_factors(up: jax.Array, down: jax.Array, factors: jax.Array) -> tuple[ja
       ``up * factors`` and ``down / factors``.
     """
     return _scaled(up, factors, up.ndim - 1), _scaled(down, 1 / factors, 0)
+
+
+def _channel_axes(lhs: jax.Array, rhs: jax.Array, dimension_numbers) -> tuple[int, int]:
+    """The contracted axis of each operand."""
+    (lhs_axes, rhs_axes), _ = dimension_numbers
+    if len(lhs_axes) != 1 or lhs.shape[lhs_axes[0]] != rhs.shape[rhs_axes[0]]:
+        raise UserError(
+            f"smooth_dot_general: contracts axes {tuple(lhs_axes)} of {lhs.shape} with "
+            f"{tuple(rhs_axes)} of {rhs.shape}; give one axis of channels, of equal size in both."
+        )
+    return lhs_axes[0], rhs_axes[0]
 
 
 def _channel_amax(x: jax.Array, axis: int, recipe: Recipe | None = None) -> jax.Array:

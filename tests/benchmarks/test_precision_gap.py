@@ -120,3 +120,22 @@ def test_main__other_text__exits_with_2(run_benchmark, tmp_path, text):
 
     assert done.returncode == 2
     assert "text_sha256" in done.stderr
+
+
+@pytest.mark.parametrize(("loss", "code"), [(1.64, 0), (1.66, 1)])
+def test_report__four_bit_recipe__has_a_gap_of_its_own(run_benchmark, tmp_path, text, loss, code):
+    """0.04 nats pass for nvfp4, and anything passes for mxfp4, which is only reported."""
+    out = tmp_path / "study"
+    write_study(out, nvfp4=[loss], mxfp4=[1.9], bf16=[1.60], fp32=[1.60])
+
+    done = run_benchmark(
+        *("precision_gap", "--report-only", "--seeds", "1", "--recipes", "nvfp4,mxfp4"),
+        *("--source", str(text), "--out", str(out)),
+    )
+
+    assert done.returncode == code, done.stdout + done.stderr
+    report = json.loads((out / "gap.json").read_text())
+    assert {row["what"] for row in report["verdict"]["checks"]} == {
+        "validation gap nvfp4 - bf16",
+        "validation gap nvfp4 - fp32",
+    }
