@@ -116,3 +116,10 @@ def test_gated_mlp__fused_and_not__are_the_formula():
     expected = (np.asarray(jax.nn.gelu(gate)) * up) @ np.asarray(fused.down.kernel[...])
     for layer in (fused, apart):
         np.testing.assert_allclose(layer(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_quantize__smoothed_layer__gets_the_recipe_and_stays_smoothed():
+    mlp = lp.nnx.GatedMlp(8, 16, smooth=True, recipe="fp8_current", rngs=nnx.Rngs(0))
+    lp.nnx.quantize(mlp, [(".*", "fp8_delayed")])
+    assert type(mlp.down.dot_general) is lp.nnx.SmoothDotGeneral
+    assert mlp.down.dot_general.recipe.name == "fp8_delayed"
