@@ -24,6 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
@@ -35,3 +36,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="run full products (recipes x transforms, devices x layouts), not only every pair",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full-matrix"):
+        skip = pytest.mark.skip(reason="nightly: --full-matrix")
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(skip)

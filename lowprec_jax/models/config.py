@@ -4,6 +4,7 @@ Public names: `TransformerConfig`, `DtypeName`.
 """
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -46,7 +47,14 @@ class TransformerConfig:
     param_dtype: DtypeName = "float32"
     """Dtype of the matrices; norm scales are always float32."""
     init_scale: float = 0.02
-    """Standard deviation of initial weights; `out` and `down` have it / sqrt(2 L)."""
+    """Standard deviation of initial weights; `out` and `down` have it / sqrt(2 L). Standard
+    parametrization only."""
+    parametrization: Literal["standard", "unit_scaled"] = "standard"
+    """Or mu-nit scaling: weights N(0, 1), multipliers after products, norms after branches."""
+    residual_tau: float | None = None
+    """Part of the variance of a unit-scaled residual sum that is its branch's; None: by depth."""
+    loss_tokens: int = 1
+    """Tokens over which the loss is averaged; it sets the range of unit-scaled gradients."""
 
     def __post_init__(self):
         """Rejects values that no model can be built from."""
@@ -60,10 +68,14 @@ class TransformerConfig:
             "max_context",
             "rope_base",
             "init_scale",
+            "loss_tokens",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         _check_option("mlp", self.mlp, ("swiglu", "gelu"))
+        _check_option("parametrization", self.parametrization, ("standard", "unit_scaled"))
+        if self.residual_tau is not None and not 0 < self.residual_tau < 1:
+            raise ValueError(f"residual_tau is {self.residual_tau}; it must be between 0 and 1.")
         _check_option("remat", self.remat, ("none", "full", "dots"))
         _check_option("compute_dtype", self.compute_dtype, get_args(DtypeName))
         _check_option("param_dtype", self.param_dtype, get_args(DtypeName))
@@ -82,6 +94,19 @@ class TransformerConfig:
     def head_dim(self) -> int:
         """Size of a head, H."""
         return self.width // self.num_heads
+
+    @property
+    def tau(self) -> float | None:
+        """Part of a residual sum's variance that is its branch's; None: an unweighted sum.
+
+        By depth: the power law through the two values that arXiv:2502.05967 gives, 0.4 at 4 layers
+        and 0.1 at 100.
+        """
+        if self.parametrization == "standard":
+            return None
+        if self.residual_tau is not None:
+            return self.residual_tau
+        return 0.4 * (self.num_layers / 4) ** (math.log(0.1 / 0.4) / math.log(100 / 4))
 
 
 def _check_option(name: str, given: str, allowed: tuple[str, ...]) -> None:

@@ -1,9 +1,10 @@
 """Decoder-only transformer in plain Flax NNX: the reference model of training and tests.
 
-Every matrix multiplication with a weight is a stock `nnx.Linear` that knows nothing of
-quantization; `lowprec_jax.nnx.quantize` replaces their `dot_general` from outside. The
-paths that precision rules match are `embedding`, `blocks/attention/qkv`,
-`blocks/attention/out`, `blocks/mlp/gate_up` (`up` for gelu), `blocks/mlp/down`,
+Every matrix multiplication with a weight is a stock `nnx.Linear`, or a subclass of one where the
+model is unit-scaled, that knows nothing of quantization; `lowprec_jax.nnx.quantize` replaces its
+`dot_general` from outside. The paths that precision rules match are `embedding`,
+`blocks/attention/qkv`, `blocks/attention/out`, `blocks/mlp/gate_up` (`up` for gelu),
+`blocks/mlp/down`,
 `final_norm` and `head`, with the layer's index after `blocks` where layers are not scanned.
 
 Imports JAX and Flax only. Public names: `Transformer`, `Block`, `Attention`, `Mlp`,
@@ -24,10 +25,13 @@ from jax.sharding import PartitionSpec
 
 from lowprec_jax import compat
 from lowprec_jax.models.config import TransformerConfig
+from lowprec_jax.models.unit_scaling import UnitScaledLinear, gradient_scale, residual_sum
 
 
 class Transformer(nnx.Module):
     """Decoder-only language model: pre-norm blocks, RoPE, grouped-query attention.
+
+    With ``parametrization="unit_scaled"``, mu-nit scaling: see `lowprec_jax.models.unit_scaling`.
 
     The initial parameters of a scanned and an unrolled model are equal for equal `rngs`:
     `blocks` of the one is the stack of those of the other. The residual stream is f32
@@ -53,7 +57,9 @@ class Transformer(nnx.Module):
             config.width,
             dtype=jnp.dtype(config.param_dtype),
             param_dtype=jnp.dtype(config.param_dtype),
-            embedding_init=nnx.initializers.normal(config.init_scale),
+            embedding_init=nnx.initializers.normal(
+                config.init_scale if config.parametrization == "standard" else 1.0
+            ),
             rngs=rngs,
         )
         keys_L = jax.random.split(rngs.params(), config.num_layers)
@@ -63,9 +69,7 @@ class Transformer(nnx.Module):
             self.blocks = nnx.List([_block_from_key(config, key) for key in keys_L])
         self.final_norm = _norm(config, rngs)
         if not config.tied_head:
-            self.head = _linear(
-                config, config.width, config.vocab_size, rngs, preferred_element_type=jnp.float32
-            )
+            self.head = _head(config, rngs)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns next-token logits; a position sees itself and earlier ones only.
@@ -86,7 +90,10 @@ class Transformer(nnx.Module):
         if not self.config.tied_head:
             return self.head(x_BTD)
         table_VD = self.embedding.embedding[...].astype(dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        if self.config.parametrization == "standard":
+            return logits_BTV
+        return logits_BTV / self.config.width
 
     def _run_blocks(self, x_BTD: jax.Array) -> jax.Array:
         remat = self.config.remat
@@ -118,9 +125,10 @@ class Transformer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each added to the residual stream after an RMS norm."""
+    """Attention and MLP with an RMS norm each: of its input, or unit-scaled of its output."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.tau = config.tau
         self.attention_norm = _norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
@@ -128,6 +136,9 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the next residual stream, f32[B, T, D]."""
+        if self.tau is not None:
+            x_BTD = residual_sum(x_BTD, self.attention_norm(self.attention(x_BTD)), self.tau)
+            return residual_sum(x_BTD, self.mlp_norm(self.mlp(x_BTD)), self.tau)
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD)).astype(jnp.float32)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)).astype(jnp.float32)
 
@@ -228,21 +239,31 @@ def _linear(
     rngs: nnx.Rngs,
     *,
     residual: bool = False,
-    preferred_element_type: jnp.dtype | type | None = None,
 ) -> nnx.Linear | nnx.LinearGeneral:
-    """Stock linear layer without bias; `residual` ones start smaller by sqrt(2 L)."""
+    """Hidden layer without bias; unless unit-scaled, `residual` ones start smaller by sqrt(2 L)."""
+    if config.parametrization == "unit_scaled":
+        factors = {"multiplier": inputs**-0.5, "grad_scale": gradient_scale(config)}
+        return UnitScaledLinear(inputs, outputs, rngs=rngs, **factors, **_dtypes(config))
     scale = config.init_scale / (math.sqrt(2 * config.num_layers) if residual else 1.0)
-    options: dict[str, Any] = {
-        "use_bias": False,
-        "dtype": jnp.dtype(config.compute_dtype),
-        "param_dtype": jnp.dtype(config.param_dtype),
-        "kernel_init": nnx.initializers.normal(scale),
-        "preferred_element_type": preferred_element_type,
-        "rngs": rngs,
-    }
+    options: Any = {"use_bias": False, "kernel_init": nnx.initializers.normal(scale), "rngs": rngs}
     if isinstance(outputs, int):
-        return nnx.Linear(inputs, outputs, **options)
-    return nnx.LinearGeneral(inputs, outputs, **options)
+        return nnx.Linear(inputs, outputs, **options, **_dtypes(config))
+    return nnx.LinearGeneral(inputs, outputs, **options, **_dtypes(config))
+
+
+def _head(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Linear | nnx.LinearGeneral:
+    """Output layer with f32 logits; their gradients are of the size of 1 / tokens."""
+    sizes = config.width, config.vocab_size
+    options: Any = {"preferred_element_type": jnp.float32, "rngs": rngs, **_dtypes(config)}
+    if config.parametrization == "unit_scaled":
+        factors = {"multiplier": 1 / config.width, "grad_scale": float(config.loss_tokens)}
+        return UnitScaledLinear(*sizes, **factors, **options)
+    init = nnx.initializers.normal(config.init_scale)
+    return nnx.Linear(*sizes, use_bias=False, kernel_init=init, **options)
+
+
+def _dtypes(config: TransformerConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.compute_dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def _rematerialized(

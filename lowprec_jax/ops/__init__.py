@@ -4,7 +4,7 @@ Differentiation rules live here and nowhere else.
 """
 
 from lowprec_jax.ops.accumulation import promoted, truncated
-from lowprec_jax.ops.backends import BACKENDS, check_backend, dot
+from lowprec_jax.ops.backends import BACKENDS, check_backend, dot, is_study, register_backend
 from lowprec_jax.ops.collectives import (
     Collective,
     collectives,
@@ -41,8 +41,10 @@ __all__ = [
     "fold_factors",
     "format_collectives",
     "gather",
+    "is_study",
     "promoted",
     "ragged_dot",
+    "register_backend",
     "smooth_dot_general",
     "stablehlo_collectives",
     "truncated",

@@ -24,7 +24,7 @@ from jax import lax
 from lowprec_jax import compat
 from lowprec_jax.errors import UserError
 from lowprec_jax.numerics import Format, decode
-from lowprec_jax.ops.backends import BACKENDS, Formats, dot
+from lowprec_jax.ops.backends import Formats, dot, register_backend
 from lowprec_jax.ops.dimensions import DotDimensions
 
 FRACTION_BITS = 13
@@ -78,7 +78,8 @@ def promoted(
     return _multiply(lhs, rhs, dimension_numbers, formats, precision, out_sharding, interval)
 
 
-BACKENDS.update(truncated=truncated, promoted=promoted)
+register_backend("truncated", truncated)
+register_backend("promoted", promoted)
 
 
 def _multiply(lhs, rhs, dimensions, formats: Formats, precision, out_sharding, interval):

@@ -98,6 +98,30 @@ BACKENDS: dict[str, DotGeneral] = {"native": native, "upcast": upcast, "block_sc
 _BY_PLATFORM = {"cpu": upcast}
 
 
+def register_backend(name: str, backend: DotGeneral) -> DotGeneral:
+    """Adds a way to execute matmuls of codes.
+
+    Args:
+      name: what recipes, `dot` and ``--precision.backend`` call it.
+      backend: a function with the signature of `native`.
+
+    Returns:
+      The same function.
+
+    Raises:
+      ValueError: another backend has this name.
+    """
+    if BACKENDS.get(name, backend) is not backend:
+        raise ValueError(f"Backend {name!r} is registered already; choose another name.")
+    BACKENDS[name] = backend
+    return backend
+
+
+def is_study(name: str | None) -> bool:
+    """Whether a backend is one of its own, beside those that platforms choose among."""
+    return name not in (None, "native", "upcast", "block_scaled")
+
+
 def check_backend(name: str | None) -> None:
     """Refuses a backend that does not exist.
 

@@ -8,6 +8,8 @@ lower a program with it for several platforms at once.
 Source: DeepSeek-V3, arXiv:2412.19437, section 3.3.2.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,8 +26,7 @@ def multiply_blocks(
     right: ScaledArray,
     gemm: Gemm,
     dimensions: DotDimensions,
-    *,
-    block_scaled: bool,
+    backend: str | None,
 ) -> jax.Array | None:
     """``left x right``, f32, without the scales of the tensors; None where there is no such form.
 
@@ -34,7 +35,8 @@ def multiply_blocks(
       right: the same.
       gemm: how they were quantized.
       dimensions: as in `jax.lax.dot_general`.
-      block_scaled: whether the chip multiplies E8M0 and NVFP4 blocks.
+      backend: "block_scaled" if the chip multiplies E8M0 and NVFP4 blocks; a backend for studies
+        multiplies the codes of each block.
     """
     assert gemm.left is not None
     assert gemm.right is not None
@@ -44,14 +46,21 @@ def multiply_blocks(
     sizes = [x.shape[axes[-1]] for x, axes in ((left, contracted_left), (right, contracted_right))]
     if block is None or block != gemm.right.contract or sizes[0] % block or not sizes[0]:
         return None
-    scale_dtype = _scale_dtype(gemm)
-    if not backends.multiplies_natively(formats) or (scale_dtype and not block_scaled):
+    study = backends.is_study(backend)
+    scale_dtype = None if study else _scale_dtype(gemm)
+    if scale_dtype and backend != "block_scaled":
+        return None
+    if not (study or backends.multiplies_natively(formats)):
         return None
     lhs, lhs_scale, lhs_shape = _matrices(left, contracted_left, batch_left, block)
     rhs, rhs_scale, rhs_shape = _matrices(right, contracted_right, batch_right, block)
     if scale_dtype is None:
-        out = _one_by_one(lhs, lhs_scale, rhs, rhs_scale)
+        codes_dot = functools.partial(
+            backends.dot, formats=formats, backend=backend if study else "native"
+        )
+        out = _one_by_one(lhs, lhs_scale, rhs, rhs_scale, codes_dot)
     else:
+        lhs, rhs = (backends.as_native(x, f) for x, f in zip((lhs, rhs), formats, strict=True))
         out = _scaled_dot(lhs, lhs_scale, rhs, rhs_scale, scale_dtype)
     out = compat.to_varying(out, compat.varying_axes(lhs) | compat.varying_axes(rhs))
     batch = tuple(left.shape[axis] for axis in batch_left)
@@ -77,7 +86,7 @@ def _matrices(x: ScaledArray, contracted, batch, block: int):
     others = (*(x.tile or (1,) * x.data.ndim)[:last], 1)  # the last axis is in blocks already
     scale = jnp.broadcast_to(spread(x.scale, blocks, others), blocks)
     rows = [_product(x.shape[:n_batch]), _product(x.shape[n_batch : n_batch + n_free])]
-    codes = backends.as_native(x.data, x.format).reshape(*rows, -1)
+    codes = x.data.reshape(*rows, -1)
     return codes, scale.reshape(*rows, -1), x.shape[n_batch : n_batch + n_free]
 
 
@@ -91,7 +100,7 @@ def _scaled_dot(lhs, lhs_scale, rhs, rhs_scale, dtype) -> jax.Array:
     )
 
 
-def _one_by_one(lhs, lhs_scale, rhs, rhs_scale) -> jax.Array:
+def _one_by_one(lhs, lhs_scale, rhs, rhs_scale, codes_dot) -> jax.Array:
     """[G, M, N] from codes [G, M, K] and [G, N, K], a block of K at a time."""
     n_blocks = lhs_scale.shape[-1]
 
@@ -101,9 +110,7 @@ def _one_by_one(lhs, lhs_scale, rhs, rhs_scale) -> jax.Array:
 
     def add(total, block):
         lhs, lhs_scale, rhs, rhs_scale = block
-        partial = lax.dot_general(
-            lhs, rhs, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
-        )
+        partial = codes_dot(lhs, rhs, (((2,), (2,)), ((0,), (0,))))
         return total + partial * lhs_scale * rhs_scale.swapaxes(1, 2), None
 
     blocks = tuple(map(in_blocks, (lhs, lhs_scale, rhs, rhs_scale)))

@@ -76,6 +76,10 @@ def _walk(jaxpr: Any, layer: str, calls: int) -> Iterator[Matmul]:
             depth = _DEPTHS[eqn.primitive.name](rhs, eqn.params["dimension_numbers"])
             flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
             yield Matmul(layer, lhs, rhs, calls, calls * flops)
+        if eqn.primitive.name == "cond":  # one branch runs: the most work there can be
+            branches = [list(_walk(b.jaxpr, layer, calls)) for b in eqn.params["branches"]]
+            yield from max(branches, key=lambda found: sum(matmul.flops for matmul in found))
+            continue
         name = str(eqn.params.get("name", ""))
         inside = name.removeprefix(_LAYER_MARK) if name.startswith(_LAYER_MARK) else layer
         trips = int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else 1

@@ -87,8 +87,7 @@ def _multiply_tiles(
     def in_blocks(left: ScaledArray, right: ScaledArray) -> jax.Array:
         if plain.keywords["out_sharding"] is not None:  # the reshapes are not for split axes
             return dequantized(left, right)
-        block_scaled = backend == "block_scaled"
-        result = multiply_blocks(left, right, gemm, dimensions, block_scaled=block_scaled)
+        result = multiply_blocks(left, right, gemm, dimensions, backend)
         return dequantized(left, right) if result is None else result
 
     if backend is None:

@@ -88,6 +88,7 @@ def ragged_dot(
     Differs from: `jax.lax.ragged_dot`, which does not say what rows beyond the sum give.
     """
     recipe = get_recipe(recipe)
+    backend = backend or recipe.backend
     _check(lhs, rhs, group_sizes, recipe, backend)
     axes = frozenset[str]().union(*map(compat.varying_axes, (lhs, rhs, group_sizes)))
     lhs, rhs, group_sizes = (compat.to_varying(x, axes) for x in (lhs, rhs, group_sizes))
@@ -100,7 +101,7 @@ def ragged_dot(
         recipe=recipe,
         dtype=jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)),
         precision=precision,
-        backend=backend or recipe.backend,
+        backend=backend,
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
     )
@@ -134,6 +135,11 @@ class _Call:
 
 def _check(lhs, rhs, group_sizes, recipe: Recipe, backend: str | None) -> None:
     backends.check_backend(backend)
+    if backends.is_study(backend):
+        raise ValueError(
+            f"ragged_dot: backend {backend!r} has no grouped matmul; use 'native' or 'upcast', or "
+            "leave the experts to a recipe without it."
+        )
     if not (
         (lhs.ndim, rhs.ndim) == (2, 3)
         and lhs.shape[1] == rhs.shape[1]

@@ -33,7 +33,14 @@ from lowprec_jax.recipes.scaling_state import (
     is_calibrated,
     merge_observations,
 )
-from lowprec_jax.recipes.target import Target, get_target, targets, translate, translate_rules
+from lowprec_jax.recipes.target import (
+    Target,
+    get_target,
+    register_target,
+    targets,
+    translate,
+    translate_rules,
+)
 
 __all__ = [
     "FP8_BLOCK",
@@ -74,6 +81,7 @@ __all__ = [
     "recipes",
     "register_family",
     "register_recipe",
+    "register_target",
     "targets",
     "translate",
     "translate_rules",

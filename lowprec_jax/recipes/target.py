@@ -69,7 +69,8 @@ def register_target(target: Target) -> Target:
     """
     if _REGISTRY.get(target.name, target) != target:
         raise ValueError(f"Target {target.name!r} is registered already; choose another name.")
-    for fmt in (*target.native, *target.mx, *target.nvfp4, *target.dialect.values()):
+    named = (*target.native, *target.mx, *target.nvfp4, *target.no_gain)
+    for fmt in (*named, *target.dialect, *target.dialect.values()):
         get_format(fmt)
     _REGISTRY[target.name] = target
     return target

@@ -204,4 +204,3 @@ def _scaled_amax(state: Site) -> jax.Array:
     """The amax that the scales in force come from, f32[*stack, 3]."""
     delayed = "amax_history" in state
     return history_amax(dict(state)) if delayed else state["observed"][..., Column.AMAX]
-

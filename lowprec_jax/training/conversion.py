@@ -19,7 +19,9 @@ from lowprec_jax.training.state_leaves import Leaves, kind
 
 __all__ = ["Conversion", "plan_conversion"]
 
-_SITE = re.compile(r"scaling/(?P<site>.*)/(?P<field>amax_history|pending|observed|age|dropped)")
+_SITE = re.compile(
+    r"scaling/(?P<site>.*)/(?P<field>amax_history|pending|observed|age|dropped|counter)"
+)
 
 
 class Conversion(NamedTuple):
@@ -50,7 +52,8 @@ def plan_conversion(stored: Leaves, like: Leaves) -> Conversion:
 
     - The scaling state of a layer that had none starts empty, to be calibrated; that of a layer
       that needs none is dropped. A history is cut, or goes on with the newest entries it has; from
-      a recipe without one it starts with the last amax.
+      a recipe without one it starts with the last amax. The counter of stochastic rounding starts
+      at 0.
     - Parameters of f32 become masters, and masters become parameters.
     - An average of the weights that was not kept starts from the weights.
 
@@ -106,7 +109,7 @@ def _scaling(name: str, rest: str, leaf: Any, stored: Leaves) -> _Source | None:
     assert match is not None, name
     site, field = f"scaling/{match['site']}", match["field"]
     observed = stored.get(f"{site}/observed")
-    if observed is None:
+    if observed is None or field == "counter":
         return _Source({}, lambda: jnp.zeros(leaf.shape, leaf.dtype))
     if field != "amax_history" or observed.shape[:-1] != leaf.shape[:-1]:
         return None  # layers stacked otherwise: another model

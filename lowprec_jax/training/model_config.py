@@ -8,6 +8,7 @@ from lowprec_jax.training.config_checks import (
     multiples,
     require,
     require_at_least,
+    require_between,
     require_positive,
 )
 
@@ -43,7 +44,12 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights that the optimizer updates."""
     init_scale: float = 0.02
-    """Standard deviation of the initial weights."""
+    """Standard deviation of the initial weights of a standard model."""
+    parametrization: Literal["standard", "unit_scaled"] = "standard"
+    """unit_scaled: weights, activations and gradients near one, for precision.recipe fp8_static;
+    learning rates are larger, and carry over between widths with optim.base_width."""
+    residual_tau: float | None = None
+    """Share of a branch in a unit-scaled residual sum; None: 0.4 at 4 layers, less in deeper."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "width", "context"):
@@ -53,6 +59,8 @@ class ModelConfig:
                 require_at_least(name, getattr(self, name), 1)
         for name in ("rope_base", "init_scale"):
             require_positive(name, getattr(self, name))
+        if self.residual_tau is not None:
+            require_between("residual_tau", self.residual_tau, 0, 1, open_low=True)
         require(
             self.width % self.num_heads == 0,
             f"width {self.width} is not divisible by num_heads {self.num_heads}. "

@@ -67,9 +67,11 @@ def build_network(config: TrainConfig, vocab_size: int) -> Network:
         or the sizes of the model do not allow.
     """
     rules = precision_rules(config.precision)
+    tokens = config.batch_size * config.model.context
+    sizes = transformer_config(config.model, vocab_size, tokens)
 
     def create(key: jax.Array) -> nnx.Module:
-        model = Transformer(transformer_config(config.model, vocab_size), rngs=nnx.Rngs(key))
+        model = Transformer(sizes, rngs=nnx.Rngs(key))
         model.sequence_axis = TENSOR_AXIS if config.mesh.sequence else None
         return quantize(model, rules)
 
@@ -185,7 +187,9 @@ def _filled(abstract: nnx.State, tree: Tree) -> nnx.State:
     return nnx.from_flat_state([(path, variable.replace(value(path))) for path, variable in flat])
 
 
-def transformer_config(model: ModelConfig, vocab_size: int) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, vocab_size: int, loss_tokens: int = 1
+) -> TransformerConfig:
     """The sizes of the model, with everything that was left open resolved."""
     return TransformerConfig(
         vocab_size=vocab_size,
@@ -203,6 +207,9 @@ def transformer_config(model: ModelConfig, vocab_size: int) -> TransformerConfig
         compute_dtype=model.compute_dtype,
         param_dtype=model.param_dtype,
         init_scale=model.init_scale,
+        parametrization=model.parametrization,
+        residual_tau=model.residual_tau,
+        loss_tokens=loss_tokens,
     )
 
 

@@ -23,6 +23,9 @@ class OptimConfig:
     leaves the rest to AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    base_width: int | None = None
+    """model.width at which learning_rate was found: matrices of the blocks get learning_rate *
+    sqrt(base_width / model.width), for unit-scaled models; None: learning_rate."""
     schedule: ScheduleName = "cosine"
     """After the warmup: decay over all steps (cosine, linear), over the last ones (wsd: warmup,
     stable, decay), or none."""
@@ -56,6 +59,8 @@ class OptimConfig:
             require_positive(name, getattr(self, name))
         require_at_least("warmup_steps", self.warmup_steps, 0)
         require_at_least("accumulate", self.accumulate, 1)
+        if self.base_width is not None:
+            require_at_least("base_width", self.base_width, 1)
         require_between("final_fraction", self.final_fraction, 0, 1, closed_high=True)
         require_between(
             "decay_fraction", self.decay_fraction, 0, 1, open_low=True, closed_high=True

@@ -1,5 +1,6 @@
 """The optimizer of a run: Optax's, with clipping, a schedule, and FP32 masters where needed."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ def build_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArg
     tx = optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         _OPTIMIZERS[optim.optimizer](optim, learning_rate(config)),
+        _scale_by_width(optim, config.model.width),
     )
     if jnp.dtype(config.model.param_dtype).itemsize < 4:
         return master_weights(tx)
@@ -46,6 +48,18 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
     }[optim.schedule]()
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def _scale_by_width(optim: OptimConfig, width: int) -> optax.GradientTransformation:
+    """Learning rate of the matrices of the blocks times sqrt(base_width / width).
+
+    It is their learning rate: the decay, which is multiplied by it, shrinks too.
+
+    Source: Narayan et al. 2025 (mu-nit scaling), arXiv:2502.05967, for Adam and Lion.
+    """
+    if optim.base_width is None:
+        return optax.identity()
+    return optax.masked(optax.scale(math.sqrt(optim.base_width / width)), _hidden)
 
 
 def _adamw(optim: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -117,11 +131,19 @@ def _decayed(params: Any) -> Any:
     return _by_name(lambda name, _: is_decayed(name), params)
 
 
+def _hidden(params: Any) -> Any:
+    return _by_name(lambda name, _: _is_hidden(name), params)
+
+
+def _is_hidden(name: str) -> bool:
+    return re.search(r"blocks/.*/kernel$", name) is not None
+
+
 def _matrices(params: Any) -> Any:
     """Which parameters muon takes and along which axes; leading ones are layers of a stack."""
 
     def dimensions(name: str, x: jax.Array) -> contrib.MuonDimensionNumbers | None:
-        if re.search(r"blocks/.*/kernel$", name) is None:
+        if not _is_hidden(name):
             return None
         # gate_up [D, 2, F] is two matrices.
         inputs = x.ndim - (3 if "gate_up" in name else 2)

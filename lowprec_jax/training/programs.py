@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lowprec_jax.errors import UserError
-from lowprec_jax.ops import GemmCount, count_gemms
+from lowprec_jax.ops import GemmCount, count_gemms, is_study
 from lowprec_jax.recipes import get_recipe
 from lowprec_jax.training.config import PrecisionConfig, TrainConfig
 from lowprec_jax.training.efficiency import ideal_seconds, step_flops
@@ -194,7 +194,7 @@ def _require_low_precision(precision: PrecisionConfig, gemms: GemmCount) -> None
 
     Weight-only recipes multiply in high precision; backends of studies have loops of their own.
     """
-    if precision.backend not in (None, "native", "upcast", "block_scaled"):
+    if is_study(precision.backend):
         return
     names = (precision.recipe, *(rule.recipe for rule in precision.rules))
     asked = [name for name in names if get_recipe(name).multiplies_codes]

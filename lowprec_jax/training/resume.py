@@ -36,11 +36,14 @@ class Changes(NamedTuple):
 def changes(before: dict[str, Any], config: TrainConfig) -> Changes:
     """Compares the config of a checkpoint with that of the run that goes on from it.
 
+    An option that the checkpoint does not know, since it is older, had its default.
+
     Args:
       before: `lowprec_jax.config_text.config_to_dict` of the config of the checkpoint.
       config: that of the run.
     """
-    old, new = _flat(before), _flat(config_to_dict(config))
+    defaults = _flat(config_to_dict(TrainConfig()))
+    old, new = defaults | _flat(before), _flat(config_to_dict(config))
     said, decisive = [], []
     for name in sorted({*old, *new}):
         there, here = old.get(name, "not set"), new.get(name, "not set")

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -15,6 +17,7 @@ def soak(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.nightly
 def test_steps__short_run__nothing_grows_and_nothing_is_compiled_again(tmp_path):
     path = tmp_path / "steps.json"
 
@@ -30,6 +33,7 @@ def test_steps__short_run__nothing_grows_and_nothing_is_compiled_again(tmp_path)
     assert "device_count=8" in record["machine"]["xla_flags"]
 
 
+@pytest.mark.nightly
 def test_determinism__two_runs__have_the_same_digest(tmp_path):
     path = tmp_path / "determinism.json"
 

@@ -58,9 +58,11 @@ _INTS = {
 }
 _INTS_OR_NULL = {
     **dict.fromkeys(["eval_windows", "model.num_kv_heads", "model.mlp_width"], 0),
+    "optim.base_width": 0,
     "distributed.num_processes": 0,
     "distributed.process_id": -1,
 }
+_FLOATS_OR_NULL = {"model.residual_tau": (0.0, 1.0, -0.1)}
 # Numbers outside of what is allowed, besides those that are wrong for all.
 _FLOATS = {
     "stall_timeout": (-1e-9, 1e10),
@@ -81,6 +83,7 @@ _BOOLS = (
     *("model.scan_layers", "mesh.zero1", "mesh.sequence"),
 )
 _CHOICES = (
+    "model.parametrization",
     *("model.mlp", "model.remat", "model.compute_dtype", "model.param_dtype", "data.tokenizer"),
     *("precision.amax_reduction", "precision.scale_rounding", "precision.amax_scope"),
     *("optim.optimizer", "optim.schedule", "mesh.strategy", "mesh.reduce", "distributed.mode"),
@@ -152,6 +155,7 @@ def _mistakes() -> list[_Mistake]:
         **{key: (*not_an_int, None, low, low - 1) for key, low in _INTS.items()},
         **{key: (*not_an_int, low, low - 1) for key, low in _INTS_OR_NULL.items()},
         **{key: (*not_a_float, None, *more) for key, more in _FLOATS.items()},
+        **{key: (*not_a_float, *more) for key, more in _FLOATS_OR_NULL.items()},
         **dict.fromkeys(_BOOLS, ("yes", "", 1, 0.0, None, [], {"a": True})),
         **dict.fromkeys(_CHOICES, ("nonsense", "", 3, True, None, [], {"a": 1}, "\ud800")),
         **{key: (*not_text, *more) for key, more in _TEXTS.items()},

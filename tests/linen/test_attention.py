@@ -15,6 +15,7 @@ X = jax.random.normal(jax.random.key(1), (2, 4, 8))
 HEADS = X.reshape(2, 4, 2, 4)
 
 
+@pytest.mark.nightly
 def test_multi_head_attention__all_recipes_given__equals_nnx_bitwise():
     recipes = {"recipe": "none", "qk_recipe": "fp8_delayed", "pv_recipe": "fp8_delayed"}
     linen = lp.linen.MultiHeadAttention(2, kv_recipe="a8", **recipes)

@@ -6,7 +6,9 @@ import pytest
 from flax import nnx
 
 from lowprec_jax import nnx as lp_nnx
+from lowprec_jax import ops
 from lowprec_jax.errors import UserError
+from lowprec_jax.ops.plan import find_matmuls
 
 
 class Model(nnx.Module):
@@ -84,3 +86,11 @@ def test_plan__printed__has_a_line_for_each_row_and_the_total():
 def test_plan__rule_that_matches_nothing__is_an_error():
     with pytest.raises(UserError, match=r"blok.*inner"):
         lp_nnx.plan(Model(nnx.Rngs(0)), [("blok/.*", "fp8_delayed")], INPUT)
+
+
+def test_find_matmuls__branches_for_platforms__count_as_the_one_that_runs():
+    def product(x, w):
+        return ops.dot_general(x, w, (((1,), (0,)), ((), ())), recipe="fp8_current")
+
+    (found,) = find_matmuls(jax.make_jaxpr(product)(jnp.ones((4, 8)), jnp.ones((8, 2))))
+    assert (found.calls, found.flops) == (1, 2 * 4 * 8 * 2)

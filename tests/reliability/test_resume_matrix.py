@@ -26,6 +26,8 @@ pytestmark = pytest.mark.reliability
 OUTPUTS = {"plots": False, "sample_tokens": 0, "eval_every": 5, "keep_best": False}
 RECIPES = ("none", "fp8_delayed", "fp8_current")
 CELLS = list(itertools.product(RECIPES, (1, 8), (1, 4), ("none", "full")))
+# Stochastic rounding draws what it drew: one device with accumulation, several with remat.
+CELLS += [("mxfp4", 1, 4, "none"), ("nvfp4", 8, 1, "full")]
 # Both FP8 recipes, device counts, accumulation and remat; the full product is nightly.
 SMALL = [("fp8_delayed", 1, 4, "none"), ("fp8_current", 8, 1, "full")]
 
@@ -110,11 +112,6 @@ def test_resume__n_steps_crash_n_steps__is_2n_steps_bit_for_bit(
     assert any(name.startswith("opt_state/master/") for name in names)
 
 
-def _nightly(request) -> None:
-    if not request.config.getoption("--full-matrix"):
-        pytest.skip("nightly: --full-matrix")
-
-
 def losses(run: Path) -> np.ndarray:
     return np.array([r["loss"] for r in metrics_of(run) if "loss" in r])
 
@@ -137,21 +134,19 @@ def on_devices(run_config, run: Path, counts: list[int], **options) -> np.ndarra
     return losses(run)
 
 
-def test_resume__8_to_4_to_8_devices__high_precision_is_the_same_to_1e_6(
-    run_config, tmp_path, request
-):
-    _nightly(request)
+@pytest.mark.nightly
+def test_resume__8_to_4_to_8_devices__high_precision_is_the_same_to_1e_6(run_config, tmp_path):
     straight = on_devices(run_config, tmp_path / "8", [8, 8, 8], recipe="none")
     changed = on_devices(run_config, tmp_path / "848", [8, 4, 8], recipe="none")
     np.testing.assert_allclose(changed, straight, rtol=1e-6)
     np.testing.assert_array_equal(changed[:6], straight[:6])
 
 
+@pytest.mark.nightly
 def test_resume__8_to_4_to_8_devices__fp8_is_within_the_noise_floor(
     run_config, tmp_path, request, monkeypatch
 ):
     """The floor: the spread of five runs whose initial weights differ by 1e-7."""
-    _nightly(request)
     straight = on_devices(run_config, tmp_path / "8", [8, 8, 8])
     changed = on_devices(run_config, tmp_path / "848", [8, 4, 8])
     begin = Trainer.begin

@@ -100,6 +100,18 @@ def test_muon__embedding_and_norms__get_adam_with_nesterov_momentum():
         np.testing.assert_allclose(got, wanted, rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_base_width__model_four_times_as_wide__halves_the_rate_of_hidden_matrices(name):
+    """Exactly, the decay with it; embedding and norms keep theirs."""
+    plain, scaled = second_update(name)[2], second_update(name, base_width=8)[2]
+    for layer in ("gate_up", "down"):
+        matrix = plain["blocks"]["mlp"][layer]["kernel"]
+        np.testing.assert_array_equal(scaled["blocks"]["mlp"][layer]["kernel"], 0.5 * matrix)
+    for names in (("embedding", "embedding"), ("blocks", "mlp_norm", "scale")):
+        got, wanted = (functools.reduce(operator.getitem, names, x) for x in (scaled, plain))
+        np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

@@ -1,5 +1,6 @@
 """A resumed run is the run that was never stopped; a checkpoint that does not fit is refused."""
 
+import dataclasses
 import shutil
 import warnings
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 import pytest
 
+from lowprec_jax.config_text import config_to_dict
 from lowprec_jax.errors import UserError
 from lowprec_jax.training.checkpoint import Checkpoints
+from lowprec_jax.training.config import PrecisionConfig, TrainConfig
 from lowprec_jax.training.loop import train
+from lowprec_jax.training.resume import changes
 from training.helpers import assert_same_bits, events_of, metrics_of
 
 pytestmark = pytest.mark.reliability
@@ -44,6 +48,14 @@ def test_resume__summary__is_that_of_the_straight_run(runs):
         assert runs.resumed_summary[name] == runs.summary[name], name
     samples = [(run / "samples.txt").read_bytes() for run in (runs.straight, runs.resumed)]
     assert samples[0] == samples[1]
+
+
+def test_changes__option_that_an_older_checkpoint_lacks__had_its_default():
+    before = config_to_dict(TrainConfig())
+    del before["model"]["parametrization"], before["precision"]["target"]
+    assert changes(before, TrainConfig()) == ([], [])
+    other = dataclasses.replace(TrainConfig(), precision=PrecisionConfig(target="cpu"))
+    assert changes(before, other).decisive == ["precision.target: None, now cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +109,7 @@ def test_resume__killed_before_the_first_checkpoint__says_how_to_start_anew(run_
 CONVERSIONS = {
     "to_high_precision": ({"recipe": "none"}, "keep no scaling state any more: dropped"),
     "other_recipe": ({"recipe": "fp8_current"}, "precision.recipe: fp8_delayed, now fp8_current"),
+    "step_counters": ({"recipe": "mxfp4"}, "precision.recipe: fp8_delayed, now mxfp4"),
     "masters": ({"model": {"param_dtype": "bfloat16"}}, "Parameters go from float32 to bfloat16"),
     "average": ({"optim": {"ema_decay": 0.9}}, "The average of the weights starts from the"),
     "longer": ({}, "steps: 4, now 8"),
