@@ -88,8 +88,7 @@ def ragged_dot(
     Differs from: `jax.lax.ragged_dot`, which does not say what rows beyond the sum give.
     """
     recipe = get_recipe(recipe)
-    backend = backend or recipe.backend
-    _check(lhs, rhs, group_sizes, recipe, backend)
+    _check(lhs, rhs, group_sizes, recipe, backend or recipe.backend)
     axes = frozenset[str]().union(*map(compat.varying_axes, (lhs, rhs, group_sizes)))
     lhs, rhs, group_sizes = (compat.to_varying(x, axes) for x in (lhs, rhs, group_sizes))
     if not recipe.quantizes:
@@ -101,7 +100,7 @@ def ragged_dot(
         recipe=recipe,
         dtype=jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)),
         precision=precision,
-        backend=backend,
+        backend=backend or recipe.backend,
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
     )

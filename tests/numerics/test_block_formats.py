@@ -30,9 +30,9 @@ TORCHAO_SCALE_MIN = 2.0**-6
 
 @functools.cache
 def mixed(block: int, seed: int = 0) -> np.ndarray:
-    """f32 [n, block], 2**20 finite values: blocks of every magnitude and kind."""
+    """f32 [n, block], 5 * 2**18 finite values: blocks of every magnitude and kind."""
     rng = np.random.default_rng(seed)
-    n = 2**20 // block
+    n = 5 * 2**18 // block
     x = rng.standard_normal((n, block)) * np.exp2(rng.uniform(-12, 0, (n, block)))
     x = np.ldexp(x, rng.integers(-145, 124, (n, 1)))
     grid = rng.integers(-24, 25, (n, block)) * np.ldexp(1.0, rng.integers(-140, 120, (n, 1)))
@@ -69,10 +69,16 @@ def test_quantize_mx__a_million_values__equals_torchao(name, rule):
 
     expected_scales, expected = oracles.torchao_mx(x, name, rule, block=32)
     scales = np.asarray(scales)
-    np.testing.assert_array_equal(scales[:, 0], expected_scales[:, 0])
+    sound = np.ones(len(x), bool)
+    if rule == "rceil":  # just above a power of two the f32 logarithm of torchao is one
+        quotient = np.abs(x.astype(np.float64)).max(1) / oracles.PUBLISHED_LIMITS[name].max
+        sound = 2 * np.frexp(quotient)[0] % 1 > 2.0**-17
+        sound |= np.isin(np.frexp(quotient)[0], (0, 0.5))
+        assert sound.mean() > 0.99
+    np.testing.assert_array_equal(scales[sound, 0], expected_scales[sound, 0])
     # In blocks of scale 2**-127 torchao divides by 2**-126, or by 1: see the exact test below.
-    compared = scales[:, 0] > 0
-    assert compared.mean() > 0.8
+    compared = sound & (scales[:, 0] > 0)
+    assert compared.sum() * 32 > 10**6
     np.testing.assert_array_equal(bits_of(packed(codes, name))[compared], expected[compared])
 
 

@@ -137,7 +137,10 @@ def test_learning_rate__schedule__warms_up_and_follows_its_formula(schedule, exp
         ("sgd", 0.3, {}),
         ("adafactor", 1e-2, {"data": 2, "fsdp": 2}),
         ("muon", 1e-2, {"data": 2, "fsdp": 2, "tensor": 2}),
-        ("muon", 1e-2, {"data": 2, "fsdp": 2, "strategy": "explicit"}),
+        pytest.param(
+            *("muon", 1e-2, {"data": 2, "fsdp": 2, "strategy": "explicit"}),
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_step__optimizer__learns_a_batch(name, rate, mesh):
