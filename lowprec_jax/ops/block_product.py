@@ -9,6 +9,7 @@ Source: DeepSeek-V3, arXiv:2412.19437, section 3.3.2.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def _matrices(x: ScaledArray, contracted, batch, block: int):
     blocks = (*x.shape[:last], x.shape[last] // block)
     others = (*(x.tile or (1,) * x.data.ndim)[:last], 1)  # the last axis is in blocks already
     scale = jnp.broadcast_to(spread(x.scale, blocks, others), blocks)
-    rows = [_product(x.shape[:n_batch]), _product(x.shape[n_batch : n_batch + n_free])]
+    rows = [math.prod(x.shape[:n_batch]), math.prod(x.shape[n_batch : n_batch + n_free])]
     codes = x.data.reshape(*rows, -1)
     return codes, scale.reshape(*rows, -1), x.shape[n_batch : n_batch + n_free]
 
@@ -116,10 +117,3 @@ def _one_by_one(lhs, lhs_scale, rhs, rhs_scale, codes_dot) -> jax.Array:
     blocks = tuple(map(in_blocks, (lhs, lhs_scale, rhs, rhs_scale)))
     zeros = lhs_scale[:, :, :1] * 0 * rhs_scale[:, :, :1].swapaxes(1, 2) * 0
     return lax.scan(add, zeros, blocks)[0]
-
-
-def _product(sizes) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -232,7 +232,6 @@ def target_messages(config: TrainConfig) -> list[str]:
 def _rules_and_messages(
     precision: PrecisionConfig,
 ) -> tuple[tuple[recipes.Rule, ...], tuple[str, ...]]:
-
     _check_backend(precision.backend)
 
     def configured(name: str) -> recipes.Recipe:
