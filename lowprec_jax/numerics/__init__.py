@@ -21,6 +21,7 @@ from lowprec_jax.numerics.diagnostics import (
     sqnr_db,
     underflow_fraction,
 )
+from lowprec_jax.numerics.float_casting import narrow_to_bf16
 from lowprec_jax.numerics.float_format import FloatFormat, exmy
 from lowprec_jax.numerics.formats import (
     BF16,
@@ -114,6 +115,7 @@ __all__ = [
     "formats",
     "get_format",
     "hadamard_rotate",
+    "narrow_to_bf16",
     "nvfp4_scales",
     "pack_4bit",
     "quantize",

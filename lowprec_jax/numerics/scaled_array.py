@@ -11,6 +11,7 @@ from lowprec_jax.numerics.casting import Rounding, cast, decode
 from lowprec_jax.numerics.formats import Format, get_format
 from lowprec_jax.numerics.scaling import compute_amax, reciprocal, scale_from_amax
 from lowprec_jax.numerics.tiles import Tile, spread
+from lowprec_jax.numerics.transpose import transpose
 
 
 @functools.partial(
@@ -57,7 +58,7 @@ class ScaledArray:
         order = tuple(order)
         scale = self.scale if self.per_tensor else self.scale.transpose(order)
         tile = tuple(self.tile[axis] for axis in order) if self.tile else ()
-        return dataclasses.replace(self, data=self.data.transpose(order), scale=scale, tile=tile)
+        return dataclasses.replace(self, data=transpose(self.data, order), scale=scale, tile=tile)
 
 
 def quantize(

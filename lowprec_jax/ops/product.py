@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowprec_jax.numerics import ScaledArray, decode, spread
+from lowprec_jax.numerics import ScaledArray, decode, narrow_to_bf16, spread
 from lowprec_jax.ops import backends
 from lowprec_jax.ops.block_product import multiply_blocks
 from lowprec_jax.ops.dimensions import DotDimensions
@@ -139,5 +139,7 @@ def _laid_out(x: ScaledArray, contracted, batch, *, before: int = 0, after: int 
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantized_operand(x: ScaledArray, dtype) -> jax.Array:
     """The operand without the scale of the tensor; a function that `count_gemms` knows by name."""
-    values = decode(x.data, x.format, dtype)
-    return values if x.per_tensor else values * spread(x.scale, x.shape, x.tile).astype(dtype)
+    if x.per_tensor:
+        return decode(x.data, x.format, dtype)
+    values = decode(x.data, x.format) * spread(x.scale, x.shape, x.tile)
+    return narrow_to_bf16(values) if dtype == jnp.bfloat16 else values

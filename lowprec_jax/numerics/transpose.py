@@ -1,0 +1,67 @@
+"""Transposed codes, quickly on CPUs too."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowprec_jax import compat
+
+_ROWS = 16  # of a block: one SIMD register of bytes
+_MIN_SIZE = 1 << 16  # below this the loop costs more than it saves
+
+
+def transpose(codes: jax.Array, order: Sequence[int]) -> jax.Array:
+    """`codes` with its axes in another order.
+
+    XLA:CPU fuses a transpose with the cast in front of it into a loop that reads, converts and
+    misses the cache element by element. There large arrays are moved in blocks of 16 rows of the
+    axis that comes last, by a loop, into which nothing is fused: `python -m benchmarks.cast` says
+    how much faster. Elsewhere it is `jax.lax.transpose`.
+
+    f8 codes are moved as bytes: XLA:CPU updates no slices of f8 in place, and folds a transpose of
+    f8 constants that are seen as bytes later into wrong numbers (0.10.2).
+
+    Args:
+      codes: array of any type; blocks are for those of a byte.
+      order: the axes of the result.
+    """
+    order = tuple(order)
+    dtype = codes.dtype
+    if dtype.itemsize != 1:
+        return codes.transpose(order)
+    source = lax.bitcast_convert_type(codes, jnp.uint8) if _is_f8(dtype) else codes
+    moved = _transpose_bytes(source, order)
+    return lax.bitcast_convert_type(moved, dtype) if _is_f8(dtype) else moved
+
+
+def _is_f8(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits == 8
+
+
+def _transpose_bytes(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    small = x.size < _MIN_SIZE or x.shape[order[-1]] < _ROWS
+    if small or order[-1] == x.ndim - 1 or compat.explicit_shardings(x)[0] is not None:
+        return x.transpose(order)
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(_in_blocks, order=order),
+        default=functools.partial(lax.transpose, permutation=order),
+    )
+
+
+def _in_blocks(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
+    axis, last = order[-1], x.ndim - 1
+    size = x.shape[axis]
+
+    def move(start, rows, out):
+        block = lax.dynamic_slice_in_dim(x, start, rows, axis)
+        return lax.dynamic_update_slice_in_dim(out, block.transpose(order), start, last)
+
+    out = jnp.zeros([x.shape[i] for i in order], x.dtype)
+    out = compat.to_varying(out, compat.varying_axes(x))
+    blocks = size // _ROWS
+    out = lax.fori_loop(0, blocks, lambda i, out: move(i * _ROWS, _ROWS, out), out)
+    return move(blocks * _ROWS, size % _ROWS, out) if size % _ROWS else out
