@@ -41,7 +41,8 @@ def run_launch(words: Sequence[str]) -> int:
         prog="lowprec_jax launch",
         usage="lowprec_jax launch --processes N [--devices N] -- SUBCOMMAND [options]",
         description="Runs a subcommand in several processes of this machine, connected as one run. "
-        "The output of process 0 is shown; of another only the end of its errors, if it fails.",
+        "The output of process 0 is shown; of another only the end of its errors, if it fails. "
+        "--import MODULE, before or after '--', makes what a module registers known to them.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 import yaml
 
+from lowprec_jax.cli.short_options import expand_short_options, short_options_of
 from lowprec_jax.cli.typed_tree import (
     Keys,
     build,
@@ -68,7 +69,10 @@ def apply_overrides(
       ConfigError: an unknown flag (the nearest is named), a value of the wrong type, or a
         value that the dataclass refuses.
     """
-    words = _normalise(type(loaded), args)
+    short = short_options_of(option_names(type(loaded)))
+    words = _normalise(type(loaded), expand_short_options(args, short))
+    notes = [f"--{name} is short for --{dotted}." for name, dotted in short.items()]
+    description = " ".join([description, *notes]).strip()
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -85,7 +89,7 @@ def apply_overrides(
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
-    _explain(loaded, words, extra_options or {})
+    _explain(loaded, words, {**(extra_options or {}), **short})
     text = " ".join(_BOX.sub(" ", complaint.getvalue()).split())
     raise ConfigError(f"{text} From {COMMAND_LINE}.")
 

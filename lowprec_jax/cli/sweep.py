@@ -33,6 +33,7 @@ _OPTIONS = {
     "config": "file or name of a config, default quickstart",
     "configs": "several to compare, such as quickstart,quickstart_bf16; the first is the baseline",
     "smoke": "the config 'smoke'",
+    "import": "module that registers recipes or formats of your own, for every run",
 }
 
 

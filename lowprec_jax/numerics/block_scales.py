@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowprec_jax.numerics.casting import cast
+from lowprec_jax.numerics.casting import cast, decode
 from lowprec_jax.numerics.formats import E4M3FN, Format, get_format
 
 E8M0Rule = Literal["floor", "ceil", "rceil", "even"]
@@ -178,7 +178,7 @@ def nvfp4_scales(
     mapped = divide(tile_amax, jnp.float32(fmt.max if element_max is None else element_max))
     scale = divide(mapped, whole)
     scale = jnp.where(scale < scale_min, scale_min, scale)  # keeps NaN
-    return cast(scale, E4M3FN).astype(jnp.float32), whole
+    return decode(cast(scale, E4M3FN), E4M3FN), whole
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:

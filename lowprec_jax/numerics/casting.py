@@ -17,6 +17,7 @@ from lowprec_jax.numerics.float_casting import float_from_code, round_to_float
 from lowprec_jax.numerics.float_format import FloatFormat
 from lowprec_jax.numerics.integer_format import IntegerFormat
 from lowprec_jax.numerics.number_format import Format
+from lowprec_jax.numerics.uniform import uniform
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -144,7 +145,7 @@ def _round_to_integer(x: jax.Array, fmt: IntegerFormat, key: jax.Array | None) -
         whole = jnp.round(steps)
     else:
         lower = jnp.floor(steps)
-        up = jax.random.uniform(key, x.shape) < steps - lower
+        up = uniform(key, x.shape) < steps - lower
         whole = lower + up.astype(jnp.float32)
     return jnp.where(jnp.isnan(x), 0, whole).astype(fmt.dtype)
 
@@ -158,7 +159,7 @@ def _round_to_codebook(x: jax.Array, fmt: CodebookFormat, key: jax.Array | None)
         clipped = jnp.clip(x, values[0], values[-1])
         lower = _count_below(clipped, fmt.values[1:-1])  # the lower neighbour, or x itself above it
         low, high = values[lower], values[lower + 1]
-        up = jax.random.uniform(key, x.shape) < (clipped - low) / (high - low)
+        up = uniform(key, x.shape) < (clipped - low) / (high - low)
         code = lower + up.astype(jnp.int32)
     return jnp.where(jnp.isnan(x), fmt.zero_code, code).astype(fmt.dtype)
 

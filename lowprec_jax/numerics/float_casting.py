@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax.numerics.float_format import FloatFormat
+from lowprec_jax.numerics.uniform import uniform
 
 _F32_MANTISSA = 23
 _F32_BIAS = 127
@@ -52,9 +53,10 @@ def _stochastic_steps(
     to_steps = jnp.uint32((2 * _F32_BIAS + fmt.mantissa_bits) << _F32_MANTISSA) - binade
     steps = magnitude * _as_float(to_steps)  # exact: a power of two
     whole = jnp.floor(steps)
-    up = jax.random.uniform(key, magnitude.shape) < steps - whole
+    up = uniform(key, magnitude.shape) < steps - whole
     # fmt.max is on the grid: a clipped magnitude has no fraction there and cannot exceed it.
-    return whole.astype(jnp.uint32) + up.astype(jnp.uint32)
+    # By way of int32, for which CPUs have an instruction.
+    return (whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32)
 
 
 def float_from_code(codes: jax.Array, fmt: FloatFormat, dtype=jnp.float32) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lowprec_jax.numerics.block_scales import (
     E8M0_RULES,
@@ -226,6 +227,8 @@ class Quantizer:
         factor = (
             reciprocal(scale) if whole is None else divide(divide(jnp.float32(1), whole), scale)
         )
+        # The barrier keeps the arithmetic of scales out of the loop over the elements.
+        factor = lax.optimization_barrier(factor)
         codes = cast(view * factor, self.format, rounding=self.rounding, key=key)
         return codes, scale, whole
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from lowprec_jax import compat
 from lowprec_jax.numerics import Quantizer
-from lowprec_jax.ops import sinks
+from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.conv_product import Convolution, multiply
 from lowprec_jax.ops.operands import Forms, as_codes, current_amax, forms_of, keep, observe
 from lowprec_jax.ops.randomness import rounding_key
@@ -62,16 +62,19 @@ def conv_general_dilated(
       batch_group_count: as there.
       precision: for convolutions that the recipe leaves in high precision.
       preferred_element_type: type of the result; default: the promoted type of the operands.
-      recipe: a recipe or its name.
+      recipe: a recipe or its name. Its backend is one that platforms choose among; each of them
+        upcasts, since XLA has no convolution of codes.
       state: scaling state of this call site, as in `lowprec_jax.ops.dot_general`.
       out_sharding: sharding of the result on a mesh with explicit axes.
 
     Raises:
       TypeError: an operand is no float array, and the recipe quantizes.
       ValueError: delayed scaling or stochastic rounding without a state; differentiated without a
-        sink where the recipe is delayed, or where operands are split on a mesh with explicit axes.
+        sink where the recipe is delayed, or where operands are split on a mesh with explicit axes;
+        a backend that is unknown, or for studies of matmuls.
     """
     recipe = get_recipe(recipe)
+    _check_backend(recipe)
     convolution = Convolution(
         window_strides=_as_tuples(window_strides),
         padding=_as_tuples(padding),
@@ -87,6 +90,15 @@ def conv_general_dilated(
             lhs, rhs, precision=precision, preferred_element_type=preferred_element_type
         )
     return _quantized(lhs, rhs, convolution, recipe, state, preferred_element_type, precision)
+
+
+def _check_backend(recipe: Recipe) -> None:
+    backends.check_backend(recipe.backend)
+    if recipe.quantizes and backends.is_study(recipe.backend):
+        raise ValueError(
+            f"conv_general_dilated: backend {recipe.backend!r} of recipe {recipe.name!r} has no "
+            "convolution; use 'native' or 'upcast', or leave convolutions to a recipe without it."
+        )
 
 
 def _quantized(lhs, rhs, convolution, recipe: Recipe, state, dtype, precision) -> jax.Array:

@@ -17,11 +17,11 @@ output_grad  dgrad: along the features, for each     wgrad: along batch and posi
 A window adds up positions, so only the scale of a whole tensor can multiply the result. Operands
 with finer scales are dequantized before, to bf16 where that is exact.
 
-Codes are multiplied in bf16, or in f32 where bf16 does not hold them, on every platform: XLA has no
-f8 convolution but a few fused forms on GPU, and no integer one there. The backward convolutions are
-transposes of the forward one, and take the same numbers as f32: the transpose of a bf16 convolution
-rounds its result to bf16. Default precision (TF32 on GPU, one bf16 pass on TPU) multiplies them
-exactly.
+Codes are multiplied in bf16, or in f32 where bf16 does not hold them, on every platform and with
+every backend: XLA has no f8 convolution but a few fused forms on GPU, and no integer one there. The
+backward convolutions are transposes of the forward one, and take the same numbers as f32: the
+transpose of a bf16 convolution rounds its result to bf16. Default precision (TF32 on GPU, one bf16
+pass on TPU) multiplies them exactly.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax import compat
-from lowprec_jax.numerics import ScaledArray, decode, spread
+from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.ops.operands import Operand
+from lowprec_jax.ops.product import dequantized_operand
 from lowprec_jax.recipes import Gemm
 
 
@@ -117,18 +118,12 @@ def multiply(
     exact = gemm.left.exact_in_bf16 and gemm.right.exact_in_bf16
     dtype = jnp.bfloat16 if exact and not backward else jnp.float32
     out = convolve(
-        _values(left, dtype),
-        _values(right, dtype),
+        dequantized_operand(left, dtype),
+        dequantized_operand(right, dtype),
         precision=None if exact else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     return out * (_tensor_scale(left) * _tensor_scale(right))
-
-
-def _values(x: ScaledArray, dtype) -> jax.Array:
-    """The operand without the scale of the tensor."""
-    codes = decode(x.data, x.format, dtype)
-    return codes if x.per_tensor else codes * spread(x.scale, x.shape, x.tile).astype(dtype)
 
 
 def _tensor_scale(x: ScaledArray) -> jax.Array:

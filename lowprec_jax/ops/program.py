@@ -12,17 +12,18 @@ _TRANSPARENT = {
     "stablehlo.convert",
     "stablehlo.optimization_barrier",
     "stablehlo.reshape",
+    "stablehlo.reverse",  # of the window, where a convolution is transposed
     "stablehlo.transpose",
 }
 # Grouped matmuls have a third operand: the sizes of the groups.
-_MATMULS = {"stablehlo.dot_general", "chlo.ragged_dot"}
+_MATMULS = {"stablehlo.dot_general", "stablehlo.convolution", "chlo.ragged_dot"}
 _LOW_PRECISION = ("f8", "f6", "f4", "i8", "i4")
 # Functions of `lowprec_jax.ops` whose results are codes in a wider type, times their scales or not.
 _UPCASTS = ("upcast_operand", "dequantized_operand")
 
 
 class GemmCount(NamedTuple):
-    """Matmuls of a program, each as often as the program executes it (loops multiplied).
+    """Matmuls and convolutions of a program, each as often as it executes them (loops multiplied).
 
     Attributes:
       native: both operands are in low precision.
@@ -36,12 +37,12 @@ class GemmCount(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All matmuls."""
+        """All matmuls and convolutions."""
         return sum(self)
 
 
 def count_gemms(lowered: Any) -> GemmCount:
-    """Counts the matmuls of a program by what they multiply, grouped ones too.
+    """Counts the matmuls of a program by what they multiply, grouped ones and convolutions too.
 
     Args:
       lowered: what ``jax.jit(f).lower(...)`` returns, for any platform.

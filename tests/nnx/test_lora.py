@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -126,6 +127,75 @@ def test_lora_linear__backward_pass__goes_through_the_base_and_keeps_no_kernel()
     kept = [x for x in jax.tree.leaves(vjp) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert kept
     assert max(x.size for x in kept) < KERNEL.size
+
+
+class Adapted(nnx.Module):
+    """Two adapted layers, one without a bias, on a trained stock one."""
+
+    def __init__(self, seed: int, recipe: str):
+        rngs = nnx.Rngs(seed)
+        options = {"rank": 4, "recipe": recipe, "rngs": rngs}
+        self.first = nnx.Linear(128, 32, rngs=rngs)
+        self.up = lp.nnx.LoRALinear(32, 64, **options)
+        self.down = lp.nnx.LoRALinear.from_linear(nnx.Linear(64, 8, rngs=rngs), **options)
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(nnx.relu(self.first(x)))))
+
+
+@nnx.jit
+def adapt(model, optimizer, x):
+    def loss(model):
+        return jnp.square(model(x) - 1).mean()
+
+    adapters = nnx.DiffState(0, nnx.LoRAParam)
+    value, grads = lp.nnx.value_and_grad(loss, argnums=adapters)(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def optimizer_of(model):
+    return nnx.Optimizer(model, optax.sgd(0.01, momentum=0.9), wrt=nnx.LoRAParam)
+
+
+@pytest.mark.parametrize("recipe", ["nf4_weights", "nvfp4"])
+def test_lora_linear__orbax_round_trip__goes_on_bit_for_bit(tmp_path, recipe):
+    model = Adapted(0, recipe)
+    optimizer = optimizer_of(model)
+    adapt(model, optimizer, X)
+    saved = nnx.state((model, optimizer))
+    assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(saved))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+
+        def fresh():
+            model = Adapted(1, recipe)
+            return model, optimizer_of(model)
+
+        graphdef, target = nnx.split(nnx.eval_shape(fresh))
+        restored = checkpointer.restore(tmp_path / "state", target)
+    other, its_optimizer = nnx.merge(graphdef, restored)
+    assert_same(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(model)))
+    dtypes = lambda m: [x.dtype for x in jax.tree.leaves(nnx.state(m))]  # noqa: E731
+    assert dtypes(other) == dtypes(model)
+    assert adapt(other, its_optimizer, 2 * X) == adapt(model, optimizer, 2 * X)
+    assert_same(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(model)))
+
+
+def test_lora_linear__adapters_alone_saved__fit_on_a_base_quantized_anew(tmp_path):
+    """What a fine-tuning ships: parameters of the adapters, without the base."""
+    model = Adapted(0, "nf4_weights")
+    adapt(model, optimizer_of(model), X)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "adapters", nnx.state(model, nnx.LoRAParam))
+        checkpointer.wait_until_finished()
+        other = Adapted(0, "nf4_weights")
+        fresh = nnx.state(other, nnx.LoRAParam)
+        nnx.update(other, checkpointer.restore(tmp_path / "adapters", fresh))
+    assert len(jax.tree.leaves(fresh)) == 4
+    assert_same(other(X), model(X))
+    assert not np.array_equal(Adapted(0, "nf4_weights")(X), model(X))
 
 
 def test_lora_linear__recipe_of_activations_only__is_refused():

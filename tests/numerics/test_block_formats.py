@@ -21,6 +21,14 @@ from lowprec_jax.numerics import (
 )
 
 MX_ELEMENTS = ("e4m3fn", "e5m2", "e2m3", "e3m2", "e2m1", "mxint8")
+GFLOAT_BLOCKS = {
+    "e4m3fn": "mxfp8_e4m3",
+    "e5m2": "mxfp8_e5m2",
+    "e2m3": "mxfp6_e2m3",
+    "e3m2": "mxfp6_e3m2",
+    "e2m1": "mxfp4_e2m1",
+    "mxint8": "mxint8",
+}
 MX = jax.jit(quantize_mx, static_argnums=(1, 2), static_argnames=("block", "axis"))
 MX_VALUES = jax.jit(dequantize_mx, static_argnums=2, static_argnames="axis")
 NVFP4_VALUES = jax.jit(dequantize_nvfp4, static_argnames="axis")
@@ -94,29 +102,47 @@ def test_quantize_mx__a_million_values__are_the_nearest_elements(name, rule):
     np.testing.assert_array_equal(bits_of(codes), oracles.element_codes(scaled, name))
 
 
+def gfloat_mx(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Element codes, E8M0 scale codes [n, 1] and f64 values of rows of f64, as gfloat has them."""
+    info = getattr(gfloat.formats, f"format_info_{GFLOAT_BLOCKS[name]}")
+    scales = [[gfloat.block.compute_scale_amax(info.etype.emax, row)] for row in x]
+    scale_codes = gfloat.encode_ndarray(info.stype, np.array(scales))
+    scales = gfloat.decode_ndarray(info.stype, scale_codes.astype(np.int64))
+    codes = gfloat.encode_ndarray(
+        info.etype, gfloat.round_ndarray(info.etype, x / scales, sat=True)
+    ).astype(np.int64)
+    return codes, scale_codes, gfloat.decode_ndarray(info.etype, codes) * scales
+
+
 @pytest.mark.parametrize("name", MX_ELEMENTS)
-def test_quantize_mx__floor__equals_the_blocks_of_gfloat(name):
-    formats = {
-        "e4m3fn": "mxfp8_e4m3",
-        "e5m2": "mxfp8_e5m2",
-        "e2m3": "mxfp6_e2m3",
-        "e3m2": "mxfp6_e3m2",
-        "e2m1": "mxfp4_e2m1",
-        "mxint8": "mxint8",
-    }
-    info = getattr(gfloat.formats, f"format_info_{formats[name]}")
-    x = mixed(32, seed=1)[:256]
+def test_quantize_mx__floor_a_million_values__equals_gfloat(name):
+    x = mixed(32, seed=1)
 
     codes, scales = MX(jnp.asarray(x), name, "floor")
-    values = np.asarray(MX_VALUES(codes, scales, name))
+    values = np.asarray(MX_VALUES(codes, scales, name), np.float64)
 
-    for row, block in zip(values, x.astype(np.float64), strict=True):
-        scale = gfloat.block.compute_scale_amax(info.etype.emax, block)
-        expected = list(gfloat.block.encode_block(info, scale, block / scale))
-        expected = np.array(list(gfloat.block.decode_block(info, expected)))
-        if name == "mxint8":  # gfloat has -128, which our symmetric integers do not
-            expected = np.maximum(expected, -127 / 64 * scale)
-        np.testing.assert_array_equal(row.astype(np.float64), expected)
+    expected, expected_scales, expected_values = gfloat_mx(x.astype(np.float64), name)
+    if name == "mxint8":  # gfloat has -128, which our symmetric integers do not
+        lowest = expected == 128
+        assert lowest.mean() > 1e-4
+        unit = np.ldexp(1.0, expected_scales.astype(int) - 127) / 64
+        expected_values = np.where(lowest, -127 * unit, expected_values)
+        expected = np.where(lowest, 129, expected)
+    np.testing.assert_array_equal(scales, expected_scales)
+    np.testing.assert_array_equal(bits_of(codes), expected)
+    np.testing.assert_array_equal(values, expected_values)
+
+
+def test_gfloat_mx__blocks__are_those_of_its_scalar_functions():
+    """The vectorized functions of the oracle against its plain ones, every element."""
+    x = mixed(32, seed=2)[:4].astype(np.float64)
+    for name, block in GFLOAT_BLOCKS.items():
+        info = getattr(gfloat.formats, f"format_info_{block}")
+        for row, *found in zip(x, *gfloat_mx(x, name), strict=True):
+            scale = gfloat.block.compute_scale_amax(info.etype.emax, row)
+            encoded = list(gfloat.block.encode_block(info, scale, row / scale))
+            assert encoded == [*found[1], *found[0]]
+            assert list(gfloat.block.decode_block(info, encoded)) == list(found[2])
 
 
 @pytest.mark.parametrize("name", MX_ELEMENTS)

@@ -175,6 +175,24 @@ def test_conv__forward__multiplies_in_bf16_where_that_is_exact(recipe, dtype):
     assert re.search(rf"x{dtype}>, tensor<\S+x{dtype}>\) -> tensor<\S+xf32>", line)
 
 
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_conv__all_three_products__are_counted_as_upcast_codes(name):
+    x, w, c, options = _normal(name)
+    f = functools.partial(ops.conv_general_dilated, **options, recipe="fp8_current")
+    assert ops.count_gemms(_jitted(f).lower(x, w, c)) == (0, 3, 0)
+
+
+@pytest.mark.parametrize("backend", ["native", "upcast", "block_scaled"])
+def test_conv__backend_that_platforms_choose_among__is_the_same_program(backend):
+    x, w, c, options = _normal("1d")
+    recipe = get_recipe("fp8_current")
+    default, chosen = (
+        _jitted(functools.partial(ops.conv_general_dilated, **options, recipe=r)).lower(x, w, c)
+        for r in (recipe, dataclasses.replace(recipe, backend=backend))
+    )
+    assert chosen.as_text() == default.as_text()
+
+
 def test_conv__rotation__is_left_out():
     x, w, c, options = _normal("2d")
     side = Quantizer(E4M3FN, free=1)
@@ -306,6 +324,25 @@ def test_conv__integers__raises_with_the_types():
     x, w, _, options = _normal("2d")
     with pytest.raises(TypeError, match=r"'fp8_current' multiplies floats; given int32 x float32"):
         ops.conv_general_dilated(x.astype(jnp.int32), w, **options, recipe="fp8_current")
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("truncated", "'truncated' of recipe 'fp8_current' has no conv"), ("nativ", "mean 'native'")],
+)
+def test_conv__backend_of_matmuls_only_or_unknown__is_refused(backend, message):
+    x, w, _, options = _normal("2d")
+    recipe = dataclasses.replace(get_recipe("fp8_current"), backend=backend)
+    with pytest.raises(ValueError, match=message):
+        ops.conv_general_dilated(x, w, **options, recipe=recipe)
+
+
+def test_conv__recipe_none_with_a_study_backend__is_the_stock_convolution():
+    """As the layers that a study leaves in high precision."""
+    x, w, _, options = _normal("2d")
+    recipe = dataclasses.replace(get_recipe("none"), backend="truncated")
+    out = ops.conv_general_dilated(x, w, **options, recipe=recipe)
+    np.testing.assert_array_equal(out, lax.conv_general_dilated(x, w, **options))
 
 
 def test_conv__delayed_without_state__raises():

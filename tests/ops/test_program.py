@@ -59,6 +59,26 @@ def test_count_gemms__one_operand_upcast__is_not_fp8():
     assert count_gemms(lowered(mixed, X, W)) == GemmCount(0, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("convert", "expected"),
+    [
+        (lambda a: a.astype(jnp.float8_e4m3fn), (1, 0, 0)),
+        (lambda a: a.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16), (0, 1, 0)),
+        (lambda a: a.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16) * 2, (0, 0, 1)),
+        (lambda a: a, (0, 0, 1)),
+    ],
+    ids=["native", "upcast", "dequantized", "high"],
+)
+def test_count_gemms__convolution__is_counted_by_what_it_multiplies(convert, expected):
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(
+            convert(x), convert(w), (1,), "SAME", preferred_element_type=jnp.float32
+        )
+
+    program = lowered(convolve, jnp.ones((2, 3, 8)), jnp.ones((4, 3, 5)), platform="cuda")
+    assert count_gemms(program) == GemmCount(*expected)
+
+
 def grouped(x, w, recipe="fp8_current"):
     return ops.ragged_dot(x, w, jnp.array([5, 6, 4], jnp.int32), recipe=recipe)
 

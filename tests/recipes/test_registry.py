@@ -12,6 +12,7 @@ from lowprec_jax.recipes import (
     Recipe,
     get_recipe,
     recipes,
+    register_family,
     register_recipe,
     registry,
 )
@@ -21,6 +22,7 @@ from lowprec_jax.recipes import (
 def scratch_registry(monkeypatch):
     """A copy of the registry, so that no other test sees what is registered."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry, "_FAMILIES", list(registry._FAMILIES))
 
 
 def test_get_recipe__registered_names__are_found():
@@ -69,3 +71,49 @@ def test_register_recipe__taken_name__is_refused_and_changes_nothing():
 def test_register_recipe__same_recipe_twice__is_accepted():
     assert register_recipe(dataclasses.replace(FP8_DELAYED)) == FP8_DELAYED
     assert len(recipes()) == len({r.name for r in recipes()})
+
+
+def margin_of(match):
+    return dataclasses.replace(FP8_DELAYED, name=match[0], margin=int(match[1]))
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_register_family__name_in_two__is_refused_when_looked_up_and_others_are_found():
+    register_family("m<n>", r"m(\d+)", margin_of)
+    register_family("m<n>0", r"m(\d+)0", margin_of)
+    assert get_recipe("m3").margin == 3
+    with pytest.raises(UserError, match=r"'m30' is ambiguous.* 'm<n>' and 'm<n>0'\. Register"):
+        get_recipe("m30")
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_register_family__recipe_registered_under_an_ambiguous_name__comes_first():
+    register_family("m<n>", r"m(\d+)", margin_of)
+    register_family("m<n>0", r"m(\d+)0", margin_of)
+    mine = register_recipe(dataclasses.replace(FP8_DELAYED, name="m30", margin=7))
+    assert get_recipe("m30") is mine
+
+
+@pytest.mark.usefixtures("scratch_registry")
+@pytest.mark.parametrize(("shown", "pattern"), [("m<n>", r"n(\d+)"), ("n<n>", r"m(\d+)")])
+def test_register_family__taken_look_or_pattern__is_refused_and_changes_nothing(shown, pattern):
+    register_family("m<n>", r"m(\d+)", margin_of)
+    with pytest.raises(ValueError, match=r"'m<n>' with 'm\(\\+d\+\)' is registered already"):
+        register_family(shown, pattern, margin_of)
+    assert get_recipe("m3").margin == 3
+    with pytest.raises(UserError, match="Unknown recipe 'n3'"):
+        get_recipe("n3")
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_register_family__same_family_twice__is_one():
+    register_family("m<n>", r"m(\d+)", margin_of)
+    register_family("m<n>", r"m(\d+)", margin_of)
+    assert get_recipe("m3").margin == 3
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_register_family__pattern_that_is_no_regular_expression__is_refused():
+    with pytest.raises(ValueError, match=r"'m\(' is no regular expression \(missing \)"):
+        register_family("m(", "m(", margin_of)
+    assert get_recipe("w4a8").name == "w4a8"
