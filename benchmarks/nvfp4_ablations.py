@@ -2,12 +2,10 @@ r"""NVFP4 training without one of its parts each; importing this registers the r
 
     python -m benchmarks.precision_gap --source shakespeare.txt --seeds 3 \
         --recipes nvfp4,nvfp4_nearest,nvfp4_unrotated,nvfp4_weight_rows --out runs/nvfp4 \
-        --import benchmarks.nvfp4_ablations --model.scan_layers False \
-        --precision.rules '{path: "blocks/(0|3)/.*", recipe: none}'
+        --import benchmarks.nvfp4_ablations --config shakespeare_char_nvfp4
 
-The last two options keep the first and last block in high precision, as the recipe's authors do; a
-scanned stack has one rule for all its layers. Also an example of a project's own recipes. Source:
-arXiv:2509.25149, section 4.
+The config keeps the first and last block in high precision, as the recipe's authors do. Also an
+example of a project's own recipes. Source: arXiv:2509.25149, section 4.
 """
 
 import dataclasses

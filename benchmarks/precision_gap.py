@@ -3,8 +3,9 @@
     python -m benchmarks.precision_gap --source shakespeare.txt --seeds 5
     python -m benchmarks.precision_gap --source shakespeare.txt --seeds 3 --recipes mxfp8,nvfp4,int8
 
-Trains ``configs/shakespeare_char`` (its header says where the text comes from) with the recipes,
-fp8_delayed and fp8_current unless others are named, and with bf16 and fp32. Runs of one seed start
+Trains ``configs/shakespeare_char`` (its header says where the text comes from), or another
+``--config``, with the recipes, fp8_delayed and fp8_current unless others are named, and with bf16
+and fp32. Runs of one seed start
 from the same weights and see the same batches, so that their difference is the precision and
 rounding noise. Reported for every recipe: the loss over the whole validation split, mean and
 standard error; the paired differences to BF16 and FP32 of that loss and of the mean training loss
@@ -37,8 +38,11 @@ from typing import Any
 from benchmarks.machine import RAISED_THRESHOLDS, describe_machine, write_json
 
 RECIPES = ("fp8_delayed", "fp8_current")
-# Configs that recipes are compared with.
-REFERENCES = {"bf16": "shakespeare_char_bf16", "fp32": "shakespeare_char_fp32"}
+# What recipes are compared with: options of the training runs.
+REFERENCES = {
+    "bf16": ("--precision.recipe", "none", "--model.compute_dtype", "bfloat16"),
+    "fp32": ("--precision.recipe", "none"),
+}
 
 # Limits in nats per token. The first is absolute: the whole validation split of tinyshakespeare
 # after 2,000 steps. The others bound the mean paired differences to BF16 and to FP32.
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(words)
     out = Path(options.out)
     try:
-        _open_study(out, options.source, overrides)
+        _open_study(out, options, overrides)
     except ValueError as error:
         print(f"precision_gap: error: {error}", file=sys.stderr)
         return 2
@@ -91,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(options.seeds):
             for variant in _variants(options):
                 if not _is_finished(out, variant, seed):
-                    _train(out, variant, seed, options.source, overrides)
+                    _train(out, variant, seed, options, overrides)
                     _report(out, options)
     report = _report(out, options)
     print(_table(report))
@@ -112,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", default="shakespeare_char", help="what is trained")
     parser.add_argument("--source", default="shakespeare.txt", help="the text to train on")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each recipe: seeds 0, 1, …")
     parser.add_argument(
@@ -128,16 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open_study(out: Path, source: str, overrides: Sequence[str]) -> None:
+def _open_study(out: Path, options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Makes the output folder, or checks that it holds runs of the same text and options.
 
     Raises:
       ValueError: there is no text, or the folder holds other runs.
     """
-    text = Path(source)
+    text = Path(options.source)
     if not text.is_file():
-        raise ValueError(f"no text at {source!r}; give the file to train on with --source.")
+        raise ValueError(f"no text at {options.source!r}; give the file to train on with --source.")
     settings = {
+        "config": options.config,
         "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
         "overrides": list(overrides),
     }
@@ -162,16 +168,17 @@ def _is_finished(out: Path, variant: str, seed: int) -> bool:
     return (_run_path(out, variant, seed) / "summary.json").exists()
 
 
-def _train(out: Path, variant: str, seed: int, source: str, overrides: Sequence[str]) -> None:
+def _train(
+    out: Path, variant: str, seed: int, options: argparse.Namespace, overrides: Sequence[str]
+) -> None:
     """Trains one run from its start; what a killed run left is removed."""
     path = _run_path(out, variant, seed)
     if path.exists():
         shutil.rmtree(path)
     print(f"{variant}, seed {seed}:", flush=True)
-    own = () if variant in REFERENCES else ("--precision.recipe", variant)
-    config = REFERENCES.get(variant, "shakespeare_char")
-    command = [sys.executable, "-m", "lowprec_jax", "train", "--config", config, *own, *_QUIET]
-    command += ["--data.source", source, "--seed", str(seed), *overrides]
+    own = REFERENCES.get(variant, ("--precision.recipe", variant))
+    command = [sys.executable, "-m", "lowprec_jax", "train", "--config", options.config]
+    command += [*own, *_QUIET, "--data.source", options.source, "--seed", str(seed), *overrides]
     command += ["--name", f"{variant}-{seed}", "--run_dir", str(path)]
     subprocess.run(command, env={**os.environ, **RAISED_THRESHOLDS}, check=True)
     write_json(path / "code.json", {"sha256": _code_hash()})
