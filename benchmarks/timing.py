@@ -1,14 +1,21 @@
 """Interleaved timing: cases take turns, so that a busy machine slows all of them alike.
 
-Public names: `interleave`, `median_ms`, `median_ratio`, `format_table`.
+Also what the sections of `python -m benchmarks` have in common: options, table and record.
+
+Public names: `interleave`, `median_ms`, `median_ratio`, `format_table`, `section_parser`,
+`report`.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+
+from benchmarks.machine import ALLOCATORS, describe_allocator, describe_machine, write_json
 
 Times = dict[str, list[float]]
 
@@ -43,6 +50,49 @@ def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
     Differs from: the ratio of two medians, which a load that comes and goes moves more.
     """
     return statistics.median(t / r for t, r in zip(times, reference, strict=True))
+
+
+def section_parser(name: str, description: str | None, rounds: int = 9) -> argparse.ArgumentParser:
+    """A parser with the options that all sections have.
+
+    Args:
+      name: the module, as in ``benchmarks.NAME``.
+      description: its docstring.
+      rounds: default of ``--rounds``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of every case")
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="raised")
+    parser.add_argument("--json", default=f"runs/benchmarks/{name}.json")
+    return parser
+
+
+def report(
+    path: str,
+    rows: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, Times] | None = None,
+    **more: Any,
+) -> None:
+    """Prints the rows of a section, a table for each group, and writes its record.
+
+    Args:
+      path: the JSON file.
+      rows: each with its ``group`` and its ``case``; rows of a group have equal keys.
+      seconds: times of all rounds, by group and case.
+      **more: further entries of the record.
+    """
+    for group in dict.fromkeys(row["group"] for row in rows):
+        print(f"\n{group}; allocator: {describe_allocator()}")
+        shown = [row for row in rows if row["group"] == group]
+        print(format_table([{k: v for k, v in r.items() if k != "group"} for r in shown]))
+    record = {"machine": describe_machine(), "rows": list(rows), "seconds": dict(seconds or {})}
+    write_json(Path(path), {**record, **more})
+    print(f"\nWritten to {path}.", flush=True)
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

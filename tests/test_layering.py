@@ -30,6 +30,7 @@ LAYERS = {
     "sharding": ("numerics", "recipes", "ops", "state"),
     "data": (),
     "models": ("numerics", "recipes", "ops", "state", "linen", "nnx", "optim", "sharding"),
+    "roofline": ("numerics", "recipes", "ops", "nnx", "sharding", "models"),
 }
 LIBRARY = tuple(LAYERS)
 LAYERS["training"] = LIBRARY

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lowprec_jax.cli.environment import prepare_environment
+from lowprec_jax.cli.registrations import take_imports
 from lowprec_jax.errors import ConfigError, UserError, did_you_mean
 
 __all__ = ["main"]
@@ -17,6 +18,7 @@ __all__ = ["main"]
 _TRAIN_OPTIONS = {
     "config": "file or name of a config, default quickstart",
     "smoke": "the config 'smoke': the whole program in less than a minute",
+    "import": "module that registers recipes or formats of your own",
 }
 
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"No subcommand {name!r}. Known: {', '.join(_COMMANDS)}."
                 f"{did_you_mean(name, _COMMANDS)}"
             )
-        return _COMMANDS[name].run(rest) or 0
+        return _COMMANDS[name].run(take_imports(rest)) or 0
     except UserError as error:
         print(f"lowprec_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -85,14 +87,9 @@ def _train(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> None:
-    from lowprec_jax.cli.config_file import load_config, resolve_config_path
-    from lowprec_jax.training.config import TrainConfig
+    from lowprec_jax.cli.plan import run_plan
 
-    name, overrides = _take_config(words)
-    config = load_config(TrainConfig, resolve_config_path(name), overrides, prog="lowprec_jax plan")
-    from lowprec_jax.training.network import plan_network
-
-    print(plan_network(config))
+    run_plan(*_take_config(words))
 
 
 def _collectives(words: list[str]) -> None:
@@ -187,7 +184,9 @@ def _overview() -> str:
 
 _COMMANDS = {
     "train": _Command("train a model; writes a run directory", _train),
-    "plan": _Command("show which layers of a config's model run in low precision, and why", _plan),
+    "plan": _Command(
+        "show which layers run in low precision, and why; with --target what it is worth", _plan
+    ),
     "collectives": _Command(
         "show what one training step communicates: how often, how many bytes", _collectives
     ),

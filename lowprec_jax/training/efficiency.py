@@ -24,7 +24,6 @@ Public names: `StepFlops`, `step_flops`, `Peaks`, `peaks_of`, `ideal_seconds`, `
 """
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ import jax
 
 from lowprec_jax.models import TransformerConfig
 from lowprec_jax.recipes import Recipe, Rules, assign
+from lowprec_jax.roofline.chips import chip_of_device
 
 __all__ = [
     "Clock",
@@ -122,43 +122,13 @@ class Peaks(NamedTuple):
     fp8: float
 
 
-# Name of the device (`jax.Device.device_kind`) -> TFLOP/s in BF16 and FP8; the first match counts.
-# Vendors quote twice as much for sparse matrices where it says "with sparsity".
-_TERAFLOPS = (
-    # A part of a GPU, which does not say how large it is.
-    (r".*\bMIG\b.*", None),
-    # NVIDIA HGX and GB300/GB200 NVL72 data sheets; half of the figures with sparsity.
-    (r".*\bGB[23]00\b.*", (2500, 5000)),
-    (r".*\bB[23]00\b.*", (2250, 4500)),
-    # NVIDIA H100, H200 and GH200 data sheets; half of the figures with sparsity.
-    (r".*\bH[12]00 NVL\b.*", (835.5, 1670.5)),
-    (r".*\bH100 PCIe\b.*", (756.5, 1513)),
-    (r".*\bG?H[12]00\b.*", (989.4, 1978.9)),
-    # NVIDIA L40S and L4 data sheets.
-    (r".*\bL40S\b.*", (362.05, 733)),
-    (r".*\bL4\b.*", (121, 242.5)),
-    # NVIDIA A100 data sheet; no FP8.
-    (r".*\bA100\b.*", (312, 312)),
-    # AMD Instinct data sheets, peak theoretical without sparsity.
-    (r".*\bMI355X\b.*", (2516.6, 5033.2)),
-    (r".*\bMI350X\b.*", (2306.9, 4613.7)),
-    (r".*\bMI3(00|25)X\b.*", (1307.4, 2614.9)),
-    # Google Cloud documentation, pages "TPU v4" to "TPU7x (Ironwood)". A device is a chip, but half
-    # of one in TPU7x; FP8 is faster there only.
-    (r"TPU v4", (275, 275)),
-    (r"TPU v5( lite|e)", (197, 197)),
-    (r"TPU v5p?", (459, 459)),
-    (r"TPU v6( lite|e)", (918, 918)),
-    (r"TPU7x", (2307 / 2, 4614 / 2)),
-)
-
-
 def peaks_of(device_kind: str) -> Peaks | None:
-    """Peak speeds of a kind of device, None where they are not known, as on a CPU."""
-    for pattern, teraflops in _TERAFLOPS:
-        if re.fullmatch(pattern, device_kind):
-            return None if teraflops is None else Peaks(*(1e12 * x for x in teraflops))
-    return None
+    """Peak speeds of a kind of device, None where they are not known, as on a CPU.
+
+    A device is a chip, but half of one in TPU7x.
+    """
+    chip = chip_of_device(device_kind)
+    return chip and Peaks(*(1e12 * rate / chip.devices for rate in (chip.bf16, chip.fp8)))
 
 
 def ideal_seconds(flops: StepFlops, device_kind: str, devices: int) -> float | None:
