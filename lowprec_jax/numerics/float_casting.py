@@ -40,9 +40,9 @@ def round_to_float(x: jax.Array, fmt: FloatFormat, key: jax.Array | None) -> jax
         steps = _stochastic_steps(clipped, binade, fmt, key)
     code = steps + (binade >> (_F32_MANTISSA - mantissa)) - jnp.uint32(min_exponent << mantissa)
     sign = (bits & jnp.uint32(_SIGN)) >> (32 - fmt.bits)
-    code = code | sign if fmt.has_negative_zero else jnp.where(code == 0, code, code | sign)
-    nan = jnp.uint32(fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
-    code = jnp.where(jnp.isnan(magnitude), nan, code).astype(f"uint{8 * fmt.dtype.itemsize}")
+    code = code | sign if fmt.has_negative_zero else lax.select(code == 0, code, code | sign)
+    nan = _filled(code, fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
+    code = lax.select(magnitude != magnitude, nan, code).astype(f"uint{8 * fmt.dtype.itemsize}")
     return lax.bitcast_convert_type(code, fmt.dtype)
 
 
@@ -70,15 +70,15 @@ def float_from_code(codes: jax.Array, fmt: FloatFormat, dtype=jnp.float32) -> ja
     to_place = _F32_MANTISSA - fmt.mantissa_bits
     normal = (magnitude << to_place) + ((_F32_BIAS - fmt.bias) << _F32_MANTISSA)
     subnormal = magnitude.astype(jnp.float32) * jnp.float32(fmt.min_subnormal)
-    bits = jnp.where(
+    bits = lax.select(
         magnitude < 1 << fmt.mantissa_bits, lax.bitcast_convert_type(subnormal, jnp.int32), normal
     )
     if fmt.nonfinite > 1:
-        bits = jnp.where(magnitude == fmt.max_code + 1, _EXPONENT, bits)
+        bits = lax.select(magnitude == fmt.max_code + 1, _filled(bits, _EXPONENT), bits)
     if fmt.nan_code is not None:
         first = fmt.max_code + 1 + (fmt.nonfinite > 1)
         nan = magnitude >= first if fmt.nonfinite else code == fmt.sign_bit
-        bits = jnp.where(nan, _QUIET_NAN, bits)
+        bits = lax.select(nan, _filled(bits, _QUIET_NAN), bits)
     bits = bits | ((code & fmt.sign_bit) << (32 - fmt.bits))
     value = lax.bitcast_convert_type(bits, jnp.float32)
     return (
@@ -95,6 +95,15 @@ def narrow_to_bf16(x: jax.Array) -> jax.Array:
     """
     upper = (_as_bits(x) >> 16).astype(jnp.uint16)
     return lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
+def _filled(like: jax.Array, value: int) -> jax.Array:
+    """An array of one integer, made from another, so that no `lax.scan` hoists it.
+
+    Differentiated scans compute what does not depend on their input once, in memory. XLA sees that
+    this is a constant.
+    """
+    return (like & 0) | value
 
 
 def _as_bits(x: jax.Array) -> jax.Array:

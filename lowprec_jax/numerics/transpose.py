@@ -60,8 +60,7 @@ def _in_blocks(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
         block = lax.dynamic_slice_in_dim(x, start, rows, axis)
         return lax.dynamic_update_slice_in_dim(out, block.transpose(order), start, last)
 
-    out = jnp.zeros([x.shape[i] for i in order], x.dtype)
-    out = compat.to_varying(out, compat.varying_axes(x))
+    out = x.reshape([x.shape[i] for i in order])  # all of it is overwritten
     blocks = size // _ROWS
     out = lax.fori_loop(0, blocks, lambda i, out: move(i * _ROWS, _ROWS, out), out)
     return move(blocks * _ROWS, size % _ROWS, out) if size % _ROWS else out

@@ -189,11 +189,14 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
         sinks.write(sink, jnp.pad(amax_only(seen), ((0, 1), (0, 0))))
-    return out, (*kept, amax, seen, sink, rounding)
+    kept_lhs, kept_rhs = keep(kept[0], "quantized_lhs"), keep(kept[1], "quantized_rhs")
+    return out, (kept_lhs, kept_rhs, amax, seen, sink, rounding)
 
 
+# Compiled functions of their own, so that JAX traces them once for all layers of the same shapes.
+@functools.partial(jax.jit, static_argnames=("call", "observing"))
 def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
-    """The product, what the backward pass keeps, and the first two rows of the observation."""
+    """The product, the operands as `wgrad` and `dgrad` take them, two rows of the observation."""
     recipe, dims = call.recipe, call.dims
     if amax is None:
         amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
@@ -211,17 +214,26 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
         out_sharding=call.out_sharding,
         backend=call.backend,
     )
-    kept_lhs = keep(left.second, "quantized_lhs", dims.lhs_to_wgrad)
-    kept_rhs = keep(right.second, "quantized_rhs")
+    kept = left.second.transpose(dims.lhs_to_wgrad), right.second
     seen = None
     if observing:
         rows = observe(lhs, Role.LHS, left, recipe), observe(rhs, Role.RHS, right, recipe)
         seen = jnp.stack(rows)
-    return out.astype(call.dtype), (kept_lhs, kept_rhs), seen
+    return out.astype(call.dtype), kept, seen
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, amax, seen, sink, rounding = residuals
+    *kept, amax, seen, sink, rounding = residuals
+    dlhs, drhs, row = _backward(call, *kept, amax, rounding, grad, observing=sink is not None)
+    probe = None
+    if sink is not None:
+        probe = sinks.write(sink, jnp.concatenate([seen, row[None]]))
+    return dlhs, drhs, None, probe, None, None
+
+
+@functools.partial(jax.jit, static_argnames=("call", "observing"))
+def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, *, observing: bool):
+    """The gradients of the operands, and the last row of the observation."""
     recipe, dims = call.recipe, call.dims
     if amax is None:
         amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
@@ -245,11 +257,8 @@ def _bwd(call: _Call, residuals, grad):
         out_sharding=compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
     ).transpose(dims.wgrad_to_rhs)
     drhs = reduce_scatter(drhs, call.gather)
-    probe = None
-    if sink is not None:
-        row = observe(grad, Role.OUTPUT_GRAD, forms, recipe)
-        probe = sinks.write(sink, jnp.concatenate([seen, row[None]]))
-    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None, None
+    row = observe(grad, Role.OUTPUT_GRAD, forms, recipe) if observing else None
+    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), row
 
 
 _dot.defvjp(_fwd, _bwd)

@@ -1,7 +1,7 @@
 """The operands of a GEMM: quantized as its quantizers say, kept for the backward pass, observed."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -128,16 +128,13 @@ def largest_amax(amax: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.pmax(jnp.where(jnp.isnan(amax), jnp.inf, amax), axes)
 
 
-def keep(x: Operand, name: str, order: Iterable[int] | None = None) -> Operand:
+def keep(x: Operand, name: str) -> Operand:
     """What the backward pass keeps of an operand, under a name for remat policies.
 
     Args:
       x: the operand; its codes are kept as bytes.
       name: name for `jax.checkpoint_policies.save_only_these_names`.
-      order: axis order to keep it in.
     """
-    if order is not None:
-        x = x.transpose(tuple(order))
     if not isinstance(x, ScaledArray):
         return checkpoint_name(x, name)
     x = _map_data(lambda data: checkpoint_name(data, name), as_bytes(x))
