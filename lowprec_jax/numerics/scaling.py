@@ -85,8 +85,9 @@ def scale_from_amax(
     # Beyond 2**126 (bf16, f32) the reciprocal would be subnormal, which XLA:CPU flushes to zero.
     factor = np.maximum(np.float32(1) / np.float32(fmt.scale_max), np.float32(MIN_SCALE))
     factor *= np.float32(2.0**margin)
-    scale = jnp.clip(amax * factor, MIN_SCALE, MAX_SCALE)
-    return jnp.where(usable(amax), scale, fallback)
+    scale = lax.clamp(np.float32(MIN_SCALE), amax * factor, np.float32(MAX_SCALE))
+    fallback = jnp.asarray(fallback, jnp.float32)
+    return lax.select(usable(amax), scale, jnp.broadcast_to(fallback, scale.shape))
 
 
 def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowprec_jax.numerics import MIN_AMAX, usable
 from lowprec_jax.recipes.recipe import Recipe, Role
@@ -62,20 +63,23 @@ def merge_observations(a: jax.Array, b: jax.Array) -> jax.Array:
     Associative and commutative with zeros as identity: module reuse, scan, micro-batches and
     devices give the same state in any order.
     """
-    is_amax = jnp.arange(len(Column)) == Column.AMAX
+    is_amax = np.arange(len(Column)) == Column.AMAX
     return jnp.where(is_amax, jnp.maximum(a, b), a + b)
 
 
 def amax_only(observation: jax.Array) -> jax.Array:
     """An observation f32[..., 5] without its counts."""
-    return jnp.where(jnp.arange(len(Column)) == Column.AMAX, observation, 0.0)
+    return jnp.where(np.arange(len(Column)) == Column.AMAX, observation, 0.0)
 
 
+@jax.jit
 def advance_state(state: State, when: jax.Array | bool = True) -> State:
     """Completes an optimizer step of one call site: pushes what was observed, once.
 
     An operand that was not observed keeps its state. One whose amax is zero or not finite keeps
     its history (so its scale) and counts as dropped: one Inf never freezes a scale.
+
+    Jitted, so that sites of equal shapes are traced and lowered once.
 
     Args:
       state: state of a call site, with or without leading axes.

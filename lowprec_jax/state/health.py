@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowprec_jax.errors import UserError
 from lowprec_jax.recipes import Column, Recipe, Role, history_amax
@@ -58,18 +59,15 @@ def summarize(tree: Tree) -> Health | None:
     found = [site for _, site in sites(tree)]
     if not found:
         return None
-    observed, age = _observed(found), _rows(found, "age")
-    size = jnp.maximum(observed[:, Column.SIZE], 1)
-    lost = (observed[:, Column.SATURATED] + observed[:, Column.UNDERFLOW]) / size
-    total = observed.sum(0)
-    elements = jnp.maximum(total[Column.SIZE], 1)
-    return Health(
-        saturated=total[Column.SATURATED] / elements,
-        underflow=total[Column.UNDERFLOW] / elements,
-        nonfinite=_nonfinite(found).sum(),
-        scale_age=age.max(),
-        worst=lost.argmax(),
+    observed = _observed(found)
+    saturated, underflow, size = (
+        observed[:, column] for column in (Column.SATURATED, Column.UNDERFLOW, Column.SIZE)
     )
+    lost = (saturated + underflow) / jnp.maximum(size, 1)
+    counts = saturated, underflow, _nonfinite(found), size
+    (saturated, underflow, nonfinite, size), age = _totals(counts, _rows(found, "age"))
+    elements = jnp.maximum(size, 1)
+    return Health(saturated / elements, underflow / elements, nonfinite, age, lost.argmax())
 
 
 def operand_table(tree: Tree, recipes: Recipe | Mapping[str, Recipe]) -> jax.Array:
@@ -175,6 +173,22 @@ def _nonfinite(states: Sequence[Site]) -> jax.Array:
     no_count = (observed[:, Column.SIZE] == 0) & (observed[:, Column.AMAX] == 0)
     broken = no_count & (_rows(states, "dropped") > 0)
     return jnp.maximum(observed[:, Column.NONFINITE], broken.astype(jnp.float32))
+
+
+def _totals(counts: Sequence[jax.Array], age: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The sum of every f32[n] of `counts`, and the largest age.
+
+    One reduction of several arrays is one kernel. XLA:CPU splits that of a single array by call
+    site, and those of 32 rows or more into windows; to compile them took longer than `advance`.
+    """
+
+    def combine(a, b):
+        return *(x + y for x, y in zip(a[:-1], b[:-1], strict=True)), lax.max(a[-1], b[-1])
+
+    # Ages are not negative: 0 is neutral for their maximum too.
+    zeros = (np.float32(0),) * (len(counts) + 1)
+    *sums, oldest = lax.reduce((*counts, age), zeros, combine, (0,))
+    return tuple(sums), oldest
 
 
 def _recipe(recipes: Recipe | Mapping[str, Recipe], path: str) -> Recipe:

@@ -50,6 +50,31 @@ def test_health__stack__names_the_layer():
     assert report.saturated == pytest.approx(13 / 350)
 
 
+def test_summarize__deep_stacks__is_what_numpy_sums():
+    rng = np.random.default_rng(0)
+    observed = rng.integers(0, 1000, (3, 40, 3, 5)).astype(np.float32)
+    age = rng.integers(0, 50, (3, 40, 3)).astype(np.float32)
+    fresh = init_state(FP8_DELAYED, (40,))
+    tree = {
+        str(i): fresh | {"observed": jnp.array(observed[i]), "age": jnp.array(age[i])}
+        for i in range(3)
+    }
+    rows = observed.reshape(-1, 5)
+    _, saturated, underflow, broken, size = rows.sum(0, dtype=np.float64)
+    report = jax.jit(summarize)(tree)
+    assert report.saturated == np.float32(saturated) / np.float32(size)
+    assert report.underflow == np.float32(underflow) / np.float32(size)
+    assert (report.nonfinite, report.scale_age) == (broken, age.max())
+    lost = (rows[:, Column.SATURATED] + rows[:, Column.UNDERFLOW]) / np.maximum(rows[:, -1], 1)
+    assert report.worst == lost.argmax()
+
+
+@pytest.mark.parametrize("sites", [1, 3])
+def test_summarize__stack_of_more_than_32_rows__compiles_no_windowed_reduction(sites):
+    tree = {str(i): init_state(FP8_DELAYED, (40,)) for i in range(sites)}
+    assert "reduce-window" not in jax.jit(summarize).lower(tree).compile().as_text()
+
+
 @pytest.mark.parametrize("tree", [{}, {"layer": {}}])
 def test_health__no_sites__is_zero_and_names_nothing(tree):
     assert health(tree) == Health(0.0, 0.0, 0.0, 0.0, "")

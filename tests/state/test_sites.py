@@ -89,3 +89,10 @@ def test_advance__when_is_false__changes_nothing():
     tree = {"q": init_state(FP8_DELAYED) | {"pending": _observation(5.0)}}
     new = jax.jit(state.advance)(tree, jnp.array(False))
     jax.tree.map(np.testing.assert_array_equal, new, tree)
+
+
+def test_advance__sites_of_equal_shapes__are_lowered_once():
+    tree = {str(i): init_state(FP8_DELAYED) for i in range(4)}
+    text = jax.jit(state.advance).lower(tree).as_text()
+    assert text.count("func.func private @advance_state") == 1
+    assert text.count("call @advance_state") == 4
