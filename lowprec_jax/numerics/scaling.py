@@ -86,8 +86,7 @@ def scale_from_amax(
     factor = np.maximum(np.float32(1) / np.float32(fmt.scale_max), np.float32(MIN_SCALE))
     factor *= np.float32(2.0**margin)
     scale = lax.clamp(np.float32(MIN_SCALE), amax * factor, np.float32(MAX_SCALE))
-    fallback = jnp.asarray(fallback, jnp.float32)
-    return lax.select(usable(amax), scale, jnp.broadcast_to(fallback, scale.shape))
+    return jnp.where(usable(amax), scale, fallback)
 
 
 def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
