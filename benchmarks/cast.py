@@ -7,6 +7,9 @@ what a step does to one operand: scale from a known amax, codes, and amax and he
 was seen. "current" finds the amax first. The parts of both follow, then the casts of other
 libraries: Flax's, with the amax that its delayed scaling records, and Qwix's, which finds it first.
 
+Then the codes transposed, as a layer keeps them on CPUs and as XLA:CPU does it by itself, and the
+tensor times random numbers of stochastic rounding and of `jax.random.uniform`.
+
 "GB/s" counts the bytes of arguments and results once, so that a second pass over the tensor shows
 as a lower number. The codes leave as bytes, as a layer keeps them.
 """
@@ -27,6 +30,8 @@ from benchmarks.machine import use_allocator
 from benchmarks.timing import interleave, median_ms, median_ratio, report, section_parser
 from lowprec_jax import numerics
 from lowprec_jax.numerics import Quantizer
+from lowprec_jax.numerics.transpose import transpose
+from lowprec_jax.numerics.uniform import uniform
 
 COPY, GROUP = "copy", "f32 tensor"
 E4M3, E5M2 = numerics.get_format("e4m3fn"), numerics.get_format("e5m2")
@@ -73,6 +78,10 @@ def _counts(x: jax.Array, amax: jax.Array) -> Any:
     return numerics.range_statistics(x, numerics.scale_from_amax(amax, E4M3), E4M3)
 
 
+def _times_random(x: jax.Array, amax: jax.Array, draw: Callable) -> Any:
+    return x * draw(jax.random.key(amax.astype(jnp.uint32)), x.shape)
+
+
 def _flax(x: jax.Array, amax: jax.Array) -> Any:
     codes = fp8_ops.quantize(x, jnp.float8_e4m3fn, amax / 448.0, jnp.float32)
     return _bytes(codes), jnp.max(jnp.abs(x))
@@ -92,6 +101,10 @@ CASES: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
     "amax alone": lambda x, amax: numerics.compute_amax(x),
     "counts alone": _counts,
     "cast alone": _cast,
+    "cast, transposed": lambda x, amax: transpose(_cast(x, amax), (1, 0)),
+    "cast, transposed by XLA": lambda x, amax: _cast(x, amax).T,
+    "random numbers": functools.partial(_times_random, draw=uniform),
+    "random numbers, Threefry": functools.partial(_times_random, draw=jax.random.uniform),
     "flax e4m3": _flax,
     "qwix e4m3": _qwix,
 }

@@ -310,7 +310,7 @@ def _table(report: dict[str, Any]) -> str:
     if not missed:
         lines.append(
             f"Within all limits: validation loss {MAX_VALIDATION_LOSS}, gaps {MAX_VALIDATION_GAP} "
-            f"(validation) and {MAX_TRAINING_GAP} (training)."
+            f"(validation) and {MAX_TRAINING_GAP} (training); four bits: see OTHER_GAPS."
         )
     if not verdict["complete"]:
         lines.append("Not all runs are finished; n is the number that are.")

@@ -107,7 +107,10 @@ def _take_options(words: Sequence[str]) -> tuple[Options | None, list[str]]:
 
 
 def _positive(text: str) -> float:
-    value = float(text) if text.replace(".", "", 1).replace("e", "", 1).isdigit() else 0.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not (value > 0 and math.isfinite(value)):
         raise ValueError("give a positive number")
     return value
@@ -247,10 +250,8 @@ def state_on_mesh(config: TrainConfig, vocab: int, mesh: MeshConfig):
     from lowprec_jax.training.step import abstract_state
 
     network = build_network(dataclasses.replace(config, mesh=MeshConfig()), vocab)
-    tx, options = (
-        build_optimizer(config),
-        {"reduce": mesh.reduce, "ema": config.optim.ema_decay > 0},
-    )
+    tx = build_optimizer(config)
+    options = {"reduce": mesh.reduce, "ema": config.optim.ema_decay > 0}
     devices: Any = AbstractMesh(
         (mesh.data, mesh.fsdp, mesh.tensor), (DATA_AXIS, FSDP_AXIS, TENSOR_AXIS)
     )

@@ -81,11 +81,9 @@ def float_from_code(codes: jax.Array, fmt: FloatFormat, dtype=jnp.float32) -> ja
         bits = lax.select(nan, _filled(bits, _QUIET_NAN), bits)
     bits = bits | ((code & fmt.sign_bit) << (32 - fmt.bits))
     value = lax.bitcast_convert_type(bits, jnp.float32)
-    return (
-        narrow_to_bf16(value)
-        if dtype == jnp.bfloat16 and fmt.exact_in_bf16
-        else value.astype(dtype)
-    )
+    if dtype == jnp.bfloat16 and fmt.exact_in_bf16:
+        return narrow_to_bf16(value)
+    return value.astype(dtype)
 
 
 def narrow_to_bf16(x: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     A hash of the element's index and 64 random bits, computed where it is used and never stored.
     Each number depends on its index only, so that arrays split over devices have the numbers of the
     whole. Good enough to round with, and for nothing secret: `jax.random.uniform` has generators
-    that were tested for more, and takes ten times as long on CPUs, longer than all other
-    work of a rounding.
+    that were tested for more, and takes longer on CPUs than all other work of a rounding
+    (`python -m benchmarks.cast`).
 
     Args:
       key: PRNG key.
