@@ -1,10 +1,11 @@
 """How long JAX traces and XLA compiles a training step, against its depth.
 
-    python -m benchmarks.compile [--depths 12 48 96] [--unrolled 12 48]
+    python -m benchmarks.compile [--depths 12 48 96] [--unrolled 12 48] [--peers "flax direct"]
 
 The step is the one that ``train.py`` runs, of quickstart's model with more layers: scanned, where
 one block is compiled for all, and unrolled. Nothing runs. JAX's caches are cleared before every
 turn, and XLA's cache of compiled programs is off. "trace s" is tracing and lowering to StableHLO.
+Peers' matmuls are in the layers of the same model, in a step without guard and health report.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.machine import use_allocator
+from benchmarks.peers.linen import PEERS, available
+from benchmarks.peers.training import build_peer
 from benchmarks.timing import Times, median_ratio, report, section_parser
 from lowprec_jax.cli.config_file import load_config, resolve_config_path
 from lowprec_jax.training.config import TrainConfig
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
     jax.config.update("jax_enable_compilation_cache", False)
-    names = list(dict.fromkeys([REFERENCE, *options.cases]))
+    names = list(dict.fromkeys([REFERENCE, *options.cases, *filter(available, options.peers)]))
     stacks = [(depth, True) for depth in options.depths]
     stacks += [(depth, False) for depth in options.unrolled]
     rows, seconds = [], {}
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--unrolled", nargs="*", type=int, default=[12, 48])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["fp8_delayed"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[])
     return parser
 
 
@@ -89,12 +93,15 @@ def _measure(names: Sequence[str], depth: int, scanned: bool, options: argparse.
 
 def _turn(case: str, overrides: Sequence[str]) -> tuple[float, float]:
     """Seconds to trace and lower, and to compile, the step of a case from nothing."""
-    name, *own = CASES[case]
+    name, *own = CASES.get(case, CASES[REFERENCE])
     config = load_config(TrainConfig, resolve_config_path(name), [*own, *overrides])
-    network, tx = build_network(config, VOCABULARY), build_optimizer(config)
-    state = abstract_state(network, tx)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.model.context), jnp.int32)
-    step = build_step(network, tx, state)
+    if case in CASES:
+        network, tx = build_network(config, VOCABULARY), build_optimizer(config)
+        state = abstract_state(network, tx)
+        step = build_step(network, tx, state)
+    else:
+        step, state = build_peer(config, VOCABULARY, case)
     jax.clear_caches()
     start = time.perf_counter()
     lowered = step.lower(state, (tokens, tokens))

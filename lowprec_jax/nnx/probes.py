@@ -1,7 +1,6 @@
 """Probes of NNX models, see `lowprec_jax.state.probes`."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from flax import nnx
 
 from lowprec_jax import state
 from lowprec_jax.nnx.grad import observing, scaling_state
-from lowprec_jax.nnx.sites import Observer, iter_sites
+from lowprec_jax.nnx.sites import Observer, flat, iter_sites
 from lowprec_jax.state.probes import one_copy
 
 
@@ -33,10 +32,10 @@ def probing(
     """
     observers = []
     for path, site in iter_sites(model):
-        axes, rows = len(site.stack), math.prod(site.stack)
+        axes, rows = len(site.stack), flat(site.stack)
         probe = one_copy(probes[path], axes + 2)
-        flat = jax.tree.map(lambda x, axes=axes, n=rows: x.reshape(n, *x.shape[axes:]), probe)
-        observers.append(Observer.of(path, flat, calibrating=calibrating))
+        rows_of = jax.tree.map(lambda x, axes=axes, n=rows: x.reshape((*n, *x.shape[axes:])), probe)
+        observers.append(Observer.of(path, rows_of, calibrating=calibrating))
     with observing((model,), observers):
         yield
 

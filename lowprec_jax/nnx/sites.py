@@ -33,7 +33,7 @@ class Observer:
     transforms return the arrays of a module from every traced function, which JAX forbids for refs.
 
     Attributes:
-      ref: f32[layers of the stack, 3, 5], or a `lowprec_jax.ops.Probe` of as many rows.
+      ref: f32[3, 5], of a stack f32[layers, 3, 5]; or a `lowprec_jax.ops.Probe` of that shape.
       calibrating: compute in high precision and only observe.
       seed: what tells call sites apart in random keys.
     """
@@ -47,8 +47,10 @@ class Observer:
         """The observer of the call site at `path`."""
         return cls(ref, calibrating, zlib.crc32(path.encode()))
 
-    def sink(self, index: jax.Array) -> ops.IndexedSink | ops.Probe:
-        """The sink of one layer of the stack."""
+    def sink(self, index: jax.Array | None) -> Any:
+        """The sink of one layer of the stack; None: there is no stack."""
+        if index is None:
+            return self.ref
         if isinstance(self.ref, ops.Probe):
             return jax.tree.map(lambda rows: rows[index], self.ref)
         return ops.IndexedSink(self.ref, index)
@@ -86,12 +88,13 @@ class Site(nnx.Module):
         state: dict[str, Any] = self.get_scaling()
         observer = self.observer
         if observer is not None:
-            index = jnp.int32(0) if self.index is None else self.index.get_value()
+            index = None if self.index is None else self.index.get_value()
             state["sink"] = observer.sink(index)
             if observer.calibrating:
                 state.pop("amax_history", None)
             if "counter" in state:
-                state["seed"] = jnp.uint32(observer.seed) + index.astype(jnp.uint32)
+                layer = 0 if index is None else index.astype(jnp.uint32)
+                state["seed"] = jnp.uint32(observer.seed) + layer
         return state
 
     def start_observing(self, observer: Observer) -> None:
@@ -113,8 +116,8 @@ class Site(nnx.Module):
         return self.get_scaling()["pending"].shape[:-2] if self.scaling else ()
 
     def new_observations(self) -> jax.Array:
-        """Zeros for what one call observes, f32[layers of the stack, 3, 5]."""
-        return jnp.zeros((math.prod(self.stack), len(Role), len(Column)), jnp.float32)
+        """Zeros for what one call observes: f32[3, 5], of a stack f32[layers, 3, 5]."""
+        return jnp.zeros((*flat(self.stack), len(Role), len(Column)), jnp.float32)
 
 
 class DotGeneral(Site):
@@ -179,6 +182,11 @@ class EinsumOp(Site):
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
+
+
+def flat(stack: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a stack as one, or none: what `IndexedSink` counts along."""
+    return (math.prod(stack),) if stack else ()
 
 
 def iter_sites(*nodes: Any) -> Iterator[tuple[str, Site]]:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowprec_jax.numerics.codebook_format import CodebookFormat
@@ -58,7 +59,7 @@ def cast(
         return x.astype(fmt.dtype)
     if not fmt.is_low_precision:
         return _clip(x, fmt).astype(fmt.dtype)
-    x = x.astype(jnp.float32)
+    x = lax.convert_element_type(x, jnp.float32)
     key = key if rounding == "stochastic" else None
     match fmt:
         case FloatFormat():
@@ -92,7 +93,7 @@ def decode(codes: jax.Array, fmt: Format, dtype=jnp.float32) -> jax.Array:
         case FloatFormat():
             return float_from_code(codes, fmt, dtype)
         case IntegerFormat():
-            return (codes.astype(jnp.float32) * jnp.float32(fmt.step)).astype(dtype)
+            return (codes.astype(jnp.float32) * np.float32(fmt.step)).astype(dtype)
         case CodebookFormat():
             values = jnp.array(fmt.values, dtype)
             return values.at[codes].get(mode="promise_in_bounds")
@@ -119,14 +120,14 @@ def _check_rounding(rounding: Rounding, key: jax.Array | None, fmt: Format) -> N
 def _clip(x: jax.Array, fmt: Format) -> jax.Array:
     """Saturates by selection: `jnp.clip` would flush f32 subnormals to zero on XLA:CPU."""
     wide = x.astype(jnp.float32)  # in bf16 the limit 65504 of f16 would round to 65536
-    limit = jnp.float32(fmt.max)
+    limit = np.float32(fmt.max)
     return jnp.where(jnp.abs(wide) > limit, jnp.sign(wide) * limit, wide)
 
 
 def _round_to_integer(x: jax.Array, fmt: IntegerFormat, key: jax.Array | None) -> jax.Array:
     """Codes of f32 values; the scaling to steps is by a power of two, exact."""
     limit = float(fmt.max_code)
-    steps = jnp.clip(x * jnp.float32(1 / fmt.step), -limit, limit)
+    steps = jnp.clip(x * np.float32(1 / fmt.step), -limit, limit)
     if key is None:
         whole = jnp.round(steps)
     else:

@@ -4,10 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowprec_jax.numerics.formats import Format
 from lowprec_jax.numerics.scaling import magnitude_bits, reciprocal
+
+_INFINITY = 0x7F800000  # as bits of f32
 
 
 def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
@@ -46,26 +49,27 @@ def range_statistics(x: jax.Array, scale: jax.Array, fmt: Format) -> RangeStatis
       scale: the scale it is quantized with, f32, broadcastable to `x`.
       fmt: the format it is quantized to.
     """
-    magnitude = jnp.abs(x).astype(jnp.float32)
+    bits = magnitude_bits(x)
+    magnitude = lax.bitcast_convert_type(bits, jnp.float32)
     scaled = magnitude * reciprocal(scale)
-    infinite = ~(magnitude < jnp.inf)
     counts = (
-        scaled > fmt.overflow_bound,
-        (scaled <= fmt.underflow_bound) & (magnitude > 0),
-        infinite,
+        scaled > np.float32(fmt.overflow_bound),
+        (scaled <= np.float32(fmt.underflow_bound)) & (magnitude > np.float32(0)),
+        bits >= np.int32(_INFINITY),
     )
 
     def combine(a, b):
         return (lax.max(a[0], b[0]), *(lax.add(p, q) for p, q in zip(a[1:], b[1:], strict=True)))
 
     amax, *totals = lax.reduce(
-        (magnitude_bits(x), *(c.astype(jnp.int32) for c in counts)),
-        (jnp.int32(0), *(jnp.int32(0),) * len(counts)),
+        (bits, *(lax.convert_element_type(c, jnp.int32) for c in counts)),
+        (np.int32(0),) * (1 + len(counts)),
         combine,
         tuple(range(x.ndim)),
     )
     return RangeStatistics(
-        lax.bitcast_convert_type(amax, jnp.float32), *(t.astype(jnp.float32) for t in totals)
+        lax.bitcast_convert_type(amax, jnp.float32),
+        *(lax.convert_element_type(t, jnp.float32) for t in totals),
     )
 
 

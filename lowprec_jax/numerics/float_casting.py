@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowprec_jax.numerics.float_format import FloatFormat
@@ -28,21 +29,24 @@ def round_to_float(x: jax.Array, fmt: FloatFormat, key: jax.Array | None) -> jax
     mantissa = fmt.mantissa_bits
     min_exponent = _F32_BIAS + 1 - fmt.bias  # biased f32 exponent of fmt.min_normal
     bits = _as_bits(x)
-    magnitude = _as_float(bits & jnp.uint32(_MAGNITUDE))
-    clipped = jnp.minimum(magnitude, jnp.float32(fmt.max))
-    binade = jnp.maximum(
-        _as_bits(clipped) & jnp.uint32(_EXPONENT), jnp.uint32(min_exponent << _F32_MANTISSA)
+    magnitude = _as_float(bits & np.uint32(_MAGNITUDE))
+    clipped = lax.min(magnitude, np.float32(fmt.max))
+    binade = lax.max(
+        _as_bits(clipped) & np.uint32(_EXPONENT), np.uint32(min_exponent << _F32_MANTISSA)
     )
     if key is None:
-        magic = binade + jnp.uint32((_F32_MANTISSA - mantissa) << _F32_MANTISSA)
+        magic = binade + np.uint32((_F32_MANTISSA - mantissa) << _F32_MANTISSA)
         steps = _as_bits(clipped + _as_float(magic)) - magic
     else:
         steps = _stochastic_steps(clipped, binade, fmt, key)
-    code = steps + (binade >> (_F32_MANTISSA - mantissa)) - jnp.uint32(min_exponent << mantissa)
-    sign = (bits & jnp.uint32(_SIGN)) >> (32 - fmt.bits)
-    code = code | sign if fmt.has_negative_zero else lax.select(code == 0, code, code | sign)
+    exponent = binade >> np.uint32(_F32_MANTISSA - mantissa)
+    code = steps + exponent - np.uint32(min_exponent << mantissa)
+    sign = (bits & np.uint32(_SIGN)) >> np.uint32(32 - fmt.bits)
+    signed = code | sign
+    code = signed if fmt.has_negative_zero else lax.select(code == np.uint32(0), code, signed)
     nan = _filled(code, fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
-    code = lax.select(magnitude != magnitude, nan, code).astype(f"uint{8 * fmt.dtype.itemsize}")
+    code = lax.select(magnitude != magnitude, nan, code)
+    code = lax.convert_element_type(code, f"uint{8 * fmt.dtype.itemsize}")
     return lax.bitcast_convert_type(code, fmt.dtype)
 
 
@@ -50,9 +54,9 @@ def _stochastic_steps(
     magnitude: jax.Array, binade: jax.Array, fmt: FloatFormat, key: jax.Array
 ) -> jax.Array:
     """Whole steps of the binade, rounded up with the probability of the fraction."""
-    to_steps = jnp.uint32((2 * _F32_BIAS + fmt.mantissa_bits) << _F32_MANTISSA) - binade
+    to_steps = np.uint32((2 * _F32_BIAS + fmt.mantissa_bits) << _F32_MANTISSA) - binade
     steps = magnitude * _as_float(to_steps)  # exact: a power of two
-    whole = jnp.floor(steps)
+    whole = lax.floor(steps)
     up = uniform(key, magnitude.shape) < steps - whole
     # fmt.max is on the grid: a clipped magnitude has no fraction there and cannot exceed it.
     # By way of int32, for which CPUs have an instruction.
@@ -65,25 +69,25 @@ def float_from_code(codes: jax.Array, fmt: FloatFormat, dtype=jnp.float32) -> ja
     Normal numbers are shifted into place. Subnormals are counted in steps: to shift them too and
     multiply would pass through f32 subnormals, which XLA:CPU flushes to zero.
     """
-    code = codes.astype(jnp.int32)
-    magnitude = code & (fmt.sign_bit - 1)
-    to_place = _F32_MANTISSA - fmt.mantissa_bits
-    normal = (magnitude << to_place) + ((_F32_BIAS - fmt.bias) << _F32_MANTISSA)
-    subnormal = magnitude.astype(jnp.float32) * jnp.float32(fmt.min_subnormal)
-    bits = lax.select(
-        magnitude < 1 << fmt.mantissa_bits, lax.bitcast_convert_type(subnormal, jnp.int32), normal
-    )
+    code = lax.convert_element_type(codes, jnp.int32)
+    magnitude = code & np.int32(fmt.sign_bit - 1)
+    to_place = np.int32(_F32_MANTISSA - fmt.mantissa_bits)
+    normal = (magnitude << to_place) + np.int32((_F32_BIAS - fmt.bias) << _F32_MANTISSA)
+    steps = lax.convert_element_type(magnitude, jnp.float32)
+    subnormal = lax.bitcast_convert_type(steps * np.float32(fmt.min_subnormal), jnp.int32)
+    bits = lax.select(magnitude < np.int32(1 << fmt.mantissa_bits), subnormal, normal)
     if fmt.nonfinite > 1:
-        bits = lax.select(magnitude == fmt.max_code + 1, _filled(bits, _EXPONENT), bits)
+        infinite = magnitude == np.int32(fmt.max_code + 1)
+        bits = lax.select(infinite, _filled(bits, _EXPONENT), bits)
     if fmt.nan_code is not None:
         first = fmt.max_code + 1 + (fmt.nonfinite > 1)
-        nan = magnitude >= first if fmt.nonfinite else code == fmt.sign_bit
+        nan = magnitude >= np.int32(first) if fmt.nonfinite else code == np.int32(fmt.sign_bit)
         bits = lax.select(nan, _filled(bits, _QUIET_NAN), bits)
-    bits = bits | ((code & fmt.sign_bit) << (32 - fmt.bits))
+    bits = bits | ((code & np.int32(fmt.sign_bit)) << np.int32(32 - fmt.bits))
     value = lax.bitcast_convert_type(bits, jnp.float32)
     if dtype == jnp.bfloat16 and fmt.exact_in_bf16:
         return narrow_to_bf16(value)
-    return value.astype(dtype)
+    return lax.convert_element_type(value, dtype)
 
 
 def narrow_to_bf16(x: jax.Array) -> jax.Array:
@@ -91,7 +95,7 @@ def narrow_to_bf16(x: jax.Array) -> jax.Array:
 
     XLA:CPU takes about four times as long to convert, since that rounds.
     """
-    upper = (_as_bits(x) >> 16).astype(jnp.uint16)
+    upper = lax.convert_element_type(_as_bits(x) >> np.uint32(16), jnp.uint16)
     return lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
@@ -101,7 +105,7 @@ def _filled(like: jax.Array, value: int) -> jax.Array:
     Differentiated scans compute what does not depend on their input once, in memory. XLA sees that
     this is a constant.
     """
-    return (like & 0) | value
+    return (like & np.zeros((), like.dtype)) | np.array(value, like.dtype)
 
 
 def _as_bits(x: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ def compute_amax(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     else:
         largest, nan = lax.reduce(
             (bits, jnp.isnan(x).astype(jnp.int32)),
-            (jnp.int32(0), jnp.int32(0)),
+            (np.int32(0), np.int32(0)),
             lambda a, b: (lax.max(a[0], b[0]), lax.bitwise_or(a[1], b[1])),
             over,
         )
@@ -52,7 +52,8 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     The float maximum of XLA:CPU loses NaN when it vectorizes a reduction (openxla/xla#21461): with
     one NaN among 4096 ones, `jnp.max` returned 1, or -Inf with the NaN in the last place.
     """
-    return lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
+    magnitude = lax.convert_element_type(lax.abs(x), jnp.float32)
+    return lax.bitcast_convert_type(magnitude, jnp.int32)
 
 
 def usable(amax: jax.Array) -> jax.Array:
@@ -103,4 +104,4 @@ def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
 
 def reciprocal(scale: jax.Array) -> jax.Array:
     """1 / scale, f32: the factor that quantizing multiplies with."""
-    return jnp.float32(1) / scale
+    return lax.div(lax.full_like(scale, 1), scale)

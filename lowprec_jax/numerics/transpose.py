@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowprec_jax import compat
@@ -60,7 +61,9 @@ def _in_blocks(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
         block = lax.dynamic_slice_in_dim(x, start, rows, axis)
         return lax.dynamic_update_slice_in_dim(out, block.transpose(order), start, last)
 
-    out = x.reshape([x.shape[i] for i in order])  # all of it is overwritten
+    # Zeros made from `x`, so that no `lax.scan` hoists them; XLA sees that they are constant. All are
+    # overwritten, but `x` itself in their place would be computed twice.
+    out = (x & np.zeros((), x.dtype)).reshape([x.shape[i] for i in order])
     blocks = size // _ROWS
     out = lax.fori_loop(0, blocks, lambda i, out: move(i * _ROWS, _ROWS, out), out)
     return move(blocks * _ROWS, size % _ROWS, out) if size % _ROWS else out

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Multipliers and shifts of "triple32", Chris Wellons' 32-bit integer hash (hash-prospector, public
@@ -26,13 +27,13 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
     bits = _hash(_hash(index ^ first) + second)
-    return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def _hash(x: jax.Array) -> jax.Array:
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-        x = (x ^ (x >> shift)) * jnp.uint32(multiplier)
+        x = (x ^ (x >> shift)) * np.uint32(multiplier)
     return x ^ (x >> _SHIFTS[-1])

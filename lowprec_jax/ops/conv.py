@@ -19,7 +19,15 @@ from lowprec_jax import compat
 from lowprec_jax.numerics import Quantizer
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.conv_product import Convolution, multiply
-from lowprec_jax.ops.operands import Forms, as_codes, current_amax, forms_of, keep, observe
+from lowprec_jax.ops.operands import (
+    Forms,
+    as_codes,
+    current_amax,
+    forms_of,
+    keep,
+    observation,
+    observe,
+)
 from lowprec_jax.ops.randomness import rounding_key
 from lowprec_jax.ops.site_state import (
     Rounding,
@@ -170,8 +178,8 @@ def _without_rotation(recipe: Recipe) -> Recipe:
 def _conv(call: _Call, lhs, rhs, amax, sink, rounding: Rounding):
     del rounding  # of the output gradient
     out, _, seen = _forward(call, lhs, rhs, amax, observing=sink is not None)
-    if sink is not None and seen is not None:
-        sinks.write(sink, jnp.pad(seen, ((0, 1), (0, 0))))
+    if seen is not None:
+        sinks.write(sink, seen)
     return out
 
 
@@ -180,9 +188,9 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, rounding: Rounding):
     require_rounding(call.recipe, rounding)
     _check_mesh(lhs, rhs)
     out, kept, seen = _forward(call, lhs, rhs, amax, observing=sink is not None)
-    if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
+    if seen is not None and not isinstance(sink, sinks.Probe):
         # As in `dot_general`: the amaxes already here, for a frozen trunk.
-        sinks.write(sink, jnp.pad(amax_only(seen), ((0, 1), (0, 0))))
+        sinks.write(sink, amax_only(seen))
     return out, (*kept, amax, seen, sink, rounding)
 
 
@@ -197,7 +205,7 @@ def _check_mesh(*operands: jax.Array) -> None:
 
 
 def _forward(call: _Call, lhs, rhs, amax, *, observing: bool):
-    """The product, what the backward pass keeps, and the first two rows of the observation."""
+    """The product, what the backward pass keeps, and what was observed of the operands."""
     recipe, convolution = call.recipe, call.convolution
     if amax is None:
         amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe)
@@ -208,8 +216,9 @@ def _forward(call: _Call, lhs, rhs, amax, *, observing: bool):
     kept = keep(left.second, "quantized_lhs"), keep(right.second, "quantized_rhs")
     seen = None
     if observing:
-        rows = observe(lhs, Role.LHS, left, recipe), observe(rhs, Role.RHS, right, recipe)
-        seen = jnp.stack(rows)
+        rows = {Role.LHS: observe(lhs, Role.LHS, left, recipe)}
+        rows[Role.RHS] = observe(rhs, Role.RHS, right, recipe)
+        seen = observation(rows)
     return out.astype(call.dtype), kept, seen
 
 
@@ -228,7 +237,7 @@ def _bwd(call: _Call, residuals, grad):
     probe = None
     if sink is not None:
         row = observe(grad, Role.OUTPUT_GRAD, forms, recipe)
-        probe = sinks.write(sink, jnp.concatenate([seen, row[None]]))
+        probe = sinks.write(sink, seen + observation({Role.OUTPUT_GRAD: row}))
     return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
 
 

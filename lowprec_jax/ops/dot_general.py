@@ -29,6 +29,7 @@ from lowprec_jax.ops.operands import (
     forms_of,
     gathered,
     keep,
+    observation,
     observe,
 )
 from lowprec_jax.ops.product import product
@@ -176,8 +177,8 @@ def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray
 def _dot(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
     del rounding  # of the output gradient
     out, _, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
-    if sink is not None and seen is not None:
-        sinks.write(sink, jnp.pad(seen, ((0, 1), (0, 0))))
+    if seen is not None:
+        sinks.write(sink, seen)
     return out
 
 
@@ -185,10 +186,10 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
     out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
-    if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
+    if seen is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
-        sinks.write(sink, jnp.pad(amax_only(seen), ((0, 1), (0, 0))))
+        sinks.write(sink, amax_only(seen))
     kept_lhs, kept_rhs = keep(kept[0], "quantized_lhs"), keep(kept[1], "quantized_rhs")
     return out, (kept_lhs, kept_rhs, amax, seen, sink, rounding)
 
@@ -196,7 +197,7 @@ def _fwd(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
 # Compiled functions of their own, so that JAX traces them once for all layers of the same shapes.
 @functools.partial(jax.jit, static_argnames=("call", "observing"))
 def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
-    """The product, the operands as `wgrad` and `dgrad` take them, two rows of the observation."""
+    """The product, the operands as `wgrad` and `dgrad` take them, and what was observed of them."""
     recipe, dims = call.recipe, call.dims
     if amax is None:
         amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
@@ -217,28 +218,28 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
     kept = left.second.transpose(dims.lhs_to_wgrad), right.second
     seen = None
     if observing:
-        rows = observe(lhs, Role.LHS, left, recipe), observe(rhs, Role.RHS, right, recipe)
-        seen = jnp.stack(rows)
+        rows = {Role.LHS: observe(lhs, Role.LHS, left, recipe)}
+        rows[Role.RHS] = observe(rhs, Role.RHS, right, recipe)
+        seen = observation(rows)
     return out.astype(call.dtype), kept, seen
 
 
 def _bwd(call: _Call, residuals, grad):
     *kept, amax, seen, sink, rounding = residuals
-    dlhs, drhs, row = _backward(call, *kept, amax, rounding, grad, observing=sink is not None)
-    probe = None
-    if sink is not None:
-        probe = sinks.write(sink, jnp.concatenate([seen, row[None]]))
+    dlhs, drhs, seen = _backward(call, *kept, amax, rounding, grad, seen)
+    probe = None if sink is None else sinks.write(sink, seen)
     return dlhs, drhs, None, probe, None, None
 
 
-@functools.partial(jax.jit, static_argnames=("call", "observing"))
-def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, *, observing: bool):
-    """The gradients of the operands, and the last row of the observation."""
+@functools.partial(jax.jit, static_argnames="call")
+def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, seen):
+    """The gradients of the operands, and what was observed of all three."""
     recipe, dims = call.recipe, call.dims
     if amax is None:
         amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
     key = rounding and rounding_key(grad, *rounding)
-    forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe, dims, key)
+    role = Role.OUTPUT_GRAD
+    forms = forms_of(grad, role, amax, recipe, dims, key)
     multiply = functools.partial(
         product, precision=call.precision, backward=True, backend=call.backend
     )
@@ -257,8 +258,9 @@ def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, *, observin
         out_sharding=compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
     ).transpose(dims.wgrad_to_rhs)
     drhs = reduce_scatter(drhs, call.gather)
-    row = observe(grad, Role.OUTPUT_GRAD, forms, recipe) if observing else None
-    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), row
+    if seen is not None:
+        seen = seen + observation({role: observe(grad, role, forms, recipe)})
+    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), seen
 
 
 _dot.defvjp(_fwd, _bwd)

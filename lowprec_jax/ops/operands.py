@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -13,7 +14,7 @@ from lowprec_jax import compat
 from lowprec_jax.numerics import Quantizer, ScaledArray, compute_amax, range_statistics, spread
 from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, all_gather
-from lowprec_jax.recipes import Recipe, Role
+from lowprec_jax.recipes import Column, Recipe, Role
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array
@@ -189,20 +190,27 @@ def as_codes(x: Operand) -> Operand:
 
 
 def observe(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array:
-    """One row of an observation, f32[5]; only the amax and the size in high precision."""
-    x, size = lax.stop_gradient(x), jnp.float32(x.size)
+    """One row of an observation, f32[1, 5]; only the amax and the size in high precision."""
     index = next(
         (i for i, q in enumerate(recipe.quantizers_of(role)) if q and not q.hadamard), None
     )
     if index is None:
-        zero = jnp.float32(0)
-        return jnp.stack([compute_amax(x), zero, zero, zero, size])
-    form = forms[index]
-    assert isinstance(form, ScaledArray)
-    scale = spread(form.scale, x.shape, form.tile)
-    if form.global_scale is not None:
-        scale = scale * form.global_scale
-    return jnp.stack([*range_statistics(x, scale, form.format), size])
+        columns = compute_amax(x), *np.zeros(3, np.float32)
+    else:
+        form = forms[index]
+        assert isinstance(form, ScaledArray)
+        scale = spread(form.scale, x.shape, form.tile)
+        if form.global_scale is not None:
+            scale = scale * form.global_scale
+        columns = range_statistics(x, scale, form.format)
+    columns = *columns, np.float32(x.size)
+    return lax.concatenate([lax.reshape(column, (1, 1)) for column in columns], 1)
+
+
+def observation(rows: Mapping[Role, jax.Array]) -> jax.Array:
+    """An observation f32[3, 5] from the rows of some roles; the others are zero."""
+    nothing = np.zeros((1, len(Column)), np.float32)
+    return lax.concatenate([rows.get(role, nothing) for role in Role], 0)
 
 
 def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:

@@ -17,6 +17,7 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowprec_jax.numerics import MIN_AMAX, usable
 from lowprec_jax.recipes.recipe import Recipe, Role
@@ -63,23 +64,23 @@ def merge_observations(a: jax.Array, b: jax.Array) -> jax.Array:
     Associative and commutative with zeros as identity: module reuse, scan, micro-batches and
     devices give the same state in any order.
     """
-    is_amax = np.arange(len(Column)) == Column.AMAX
-    return jnp.where(is_amax, jnp.maximum(a, b), a + b)
+    return lax.select(_is_amax(a.shape), lax.max(a, b), lax.add(a, b))
 
 
 def amax_only(observation: jax.Array) -> jax.Array:
     """An observation f32[..., 5] without its counts."""
-    return jnp.where(np.arange(len(Column)) == Column.AMAX, observation, 0.0)
+    return lax.select(_is_amax(observation.shape), observation, lax.full_like(observation, 0))
 
 
-@jax.jit
+def _is_amax(shape: tuple[int, ...]) -> jax.Array:
+    return lax.eq(lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1), np.int32(Column.AMAX))
+
+
 def advance_state(state: State, when: jax.Array | bool = True) -> State:
     """Completes an optimizer step of one call site: pushes what was observed, once.
 
     An operand that was not observed keeps its state. One whose amax is zero or not finite keeps
     its history (so its scale) and counts as dropped: one Inf never freezes a scale.
-
-    Jitted, so that sites of equal shapes are traced and lowered once.
 
     Args:
       state: state of a call site, with or without leading axes.
@@ -89,15 +90,22 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
     Returns:
       The next state, of the same structure.
     """
+    return _advance(state, None if when is True else jnp.asarray(when))
+
+
+# Compiled by itself, so that sites of equal shapes are traced and lowered once.
+@jax.jit
+def _advance(state: State, when: jax.Array | None) -> State:
     pending = state["pending"]
     amax = pending[..., Column.AMAX]
     # An amax without a size comes from a layer whose backward pass did not run.
     seen = (pending[..., Column.SIZE] > 0) | (amax != 0)
-    done = seen & jnp.asarray(when)
+    done = seen if when is None else seen & when
     pushed = done & usable(amax)
     finite = jnp.isfinite(pending)  # what is kept, and saved, always is
+    rest = jnp.zeros_like(pending)  # what was not seen is zero already
     new = {
-        "pending": jnp.where(done[..., None], jnp.zeros_like(pending), pending),
+        "pending": rest if when is None else jnp.where(done[..., None], rest, pending),
         "observed": jnp.where(done[..., None], jnp.where(finite, pending, 0), state["observed"]),
         "dropped": state["dropped"] + (done & ~pushed).astype(jnp.float32),
     }
@@ -110,7 +118,7 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
         moved = new["amax_history"].max(-1) != history.max(-1)
     new["age"] = jnp.where(done, jnp.where(moved, 0.0, state["age"] + 1), state["age"])
     if "counter" in state:
-        new["counter"] = state["counter"] + jnp.asarray(when).astype(jnp.float32)
+        new["counter"] = state["counter"] + (1.0 if when is None else when.astype(jnp.float32))
     return new
 
 
