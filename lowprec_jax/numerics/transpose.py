@@ -61,8 +61,8 @@ def _in_blocks(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
         block = lax.dynamic_slice_in_dim(x, start, rows, axis)
         return lax.dynamic_update_slice_in_dim(out, block.transpose(order), start, last)
 
-    # Zeros made from `x`, so that no `lax.scan` hoists them; XLA sees that they are constant. All are
-    # overwritten, but `x` itself in their place would be computed twice.
+    # Zeros made from `x`, so that no `lax.scan` hoists them; XLA sees that they are constant. All
+    # are overwritten, but `x` itself in their place would be computed twice.
     out = (x & np.zeros((), x.dtype)).reshape([x.shape[i] for i in order])
     blocks = size // _ROWS
     out = lax.fori_loop(0, blocks, lambda i, out: move(i * _ROWS, _ROWS, out), out)
