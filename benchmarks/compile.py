@@ -4,11 +4,13 @@
 
 The step is the one that ``train.py`` runs, of quickstart's model with more layers: scanned, where
 one block is compiled for all, and unrolled. Nothing runs. JAX's caches are cleared before every
-turn, and XLA's cache of compiled programs is off. "trace s" is tracing and lowering to StableHLO.
+turn, and XLA's cache of compiled programs is off. "trace s" is tracing and lowering to StableHLO;
+"fusions" and "instructions" are those of the compiled program, with instructions within fusions.
 Peers' matmuls are in the layers of the same model, in a step without guard and health report.
 """
 
 import argparse
+import re
 import statistics
 import sys
 import time
@@ -35,6 +37,7 @@ CASES = {
     "fp8_current": ("quickstart", "--precision.recipe", "fp8_current"),
 }
 VOCABULARY = 256
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", re.MULTILINE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,10 +74,12 @@ def _measure(names: Sequence[str], depth: int, scanned: bool, options: argparse.
     """A row for every case, and the seconds of all turns: of both parts, and each by itself."""
     traces: Times = {name: [] for name in names}
     compilations: Times = {name: [] for name in names}
+    programs: dict[str, str] = {}
     sizes = ("--model.num_layers", str(depth), "--model.scan_layers", str(scanned).lower())
     for turn in range(options.rounds):
         for name in list(names)[:: -1 if turn % 2 else 1]:
-            trace, compilation = _turn(name, (*sizes, "--model.width", str(options.width)))
+            overrides = (*sizes, "--model.width", str(options.width))
+            trace, compilation, programs[name] = _turn(name, overrides)
             traces[name].append(trace)
             compilations[name].append(compilation)
     rows = [
@@ -84,6 +89,8 @@ def _measure(names: Sequence[str], depth: int, scanned: bool, options: argparse.
             "trace x f32": median_ratio(traces[name], traces[REFERENCE]),
             "compile s": statistics.median(compilations[name]),
             "compile x f32": median_ratio(compilations[name], compilations[REFERENCE]),
+            "fusions": programs[name].count(" fusion("),
+            "instructions": len(_INSTRUCTION.findall(programs[name])),
         }
         for name in names
     ]
@@ -91,8 +98,8 @@ def _measure(names: Sequence[str], depth: int, scanned: bool, options: argparse.
     return rows, seconds | {f"compile {name}": times for name, times in compilations.items()}
 
 
-def _turn(case: str, overrides: Sequence[str]) -> tuple[float, float]:
-    """Seconds to trace and lower, and to compile, the step of a case from nothing."""
+def _turn(case: str, overrides: Sequence[str]) -> tuple[float, float, str]:
+    """Seconds to trace and lower, and to compile, the step of a case from nothing; the HLO."""
     name, *own = CASES.get(case, CASES[REFERENCE])
     config = load_config(TrainConfig, resolve_config_path(name), [*own, *overrides])
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.model.context), jnp.int32)
@@ -106,8 +113,9 @@ def _turn(case: str, overrides: Sequence[str]) -> tuple[float, float]:
     start = time.perf_counter()
     lowered = step.lower(state, (tokens, tokens))
     traced = time.perf_counter()
-    lowered.compile()
-    return traced - start, time.perf_counter() - traced
+    compiled = lowered.compile()
+    compilation = time.perf_counter() - traced
+    return traced - start, compilation, compiled.as_text()
 
 
 if __name__ == "__main__":
