@@ -94,5 +94,5 @@ def test_advance__when_is_false__changes_nothing():
 def test_advance__sites_of_equal_shapes__are_lowered_once():
     tree = {str(i): init_state(FP8_DELAYED) for i in range(4)}
     text = jax.jit(state.advance).lower(tree).as_text()
-    assert text.count("func.func private @advance_state") == 1
-    assert text.count("call @advance_state") == 4
+    assert text.count("func.func private @_advance") == 1
+    assert text.count("call @_advance") == 4
