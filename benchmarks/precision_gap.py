@@ -5,11 +5,10 @@
 
 Trains ``configs/shakespeare_char`` (its header says where the text comes from), or another
 ``--config``, with the recipes, fp8_delayed and fp8_current unless others are named, and with bf16
-and fp32. Runs of one seed start
-from the same weights and see the same batches, so that their difference is the precision and
-rounding noise. Reported for every recipe: the loss over the whole validation split, mean and
-standard error; the paired differences to BF16 and FP32 of that loss and of the mean training loss
-of the last steps.
+and fp32. Runs of one seed start from the same weights and see the same batches, so that their
+difference is the precision and rounding noise. Reported for every recipe: the loss over the whole
+validation split, mean and standard error; the paired differences to BF16 and FP32 of that loss and
+of the mean training loss of the last steps.
 
 Every run is a process of its own. Finished runs in the output folder are not repeated: call it
 again to go on, with more seeds to add some. A run takes about a minute on two idle cores.
@@ -22,20 +21,16 @@ trains nothing. Other options go to the training runs: ``--steps 500 --model.wid
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RAISED_THRESHOLDS, describe_machine, write_json
+from benchmarks.machine import describe_machine, write_json
+from benchmarks.studies import is_finished, open_study, train
 
 RECIPES = ("fp8_delayed", "fp8_current")
 # What recipes are compared with: options of the training runs.
@@ -55,16 +50,6 @@ OTHER_GAPS = {
     "mxfp4": None,
     **dict.fromkeys(("nvfp4_nearest", "nvfp4_unrotated", "nvfp4_weight_rows")),
 }
-
-# The runs write no files that the study does not read, and evaluate once, at the end.
-_QUIET = (
-    *("--plots", "False"),
-    *("--progress", "False"),
-    *("--sample_tokens", "0"),
-    *("--eval_every", "0"),
-    *("--checkpoint_every", "0"),
-    *("--log_every", "200"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(words)
     out = Path(options.out)
     try:
-        _open_study(out, options, overrides)
+        open_study(out, options.config, options.source, overrides)
     except ValueError as error:
         print(f"precision_gap: error: {error}", file=sys.stderr)
         return 2
     if not options.report_only:
         for seed in range(options.seeds):
             for variant in _variants(options):
-                if not _is_finished(out, variant, seed):
-                    _train(out, variant, seed, options, overrides)
+                path = _run_path(out, variant, seed)
+                if not is_finished(path):
+                    own = REFERENCES.get(variant, ("--precision.recipe", variant))
+                    words = [*own, "--seed", str(seed), *overrides]
+                    train(path, options.config, options.source, words)
                     _report(out, options)
     report = _report(out, options)
     print(_table(report))
@@ -133,67 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open_study(out: Path, options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Makes the output folder, or checks that it holds runs of the same text and options.
-
-    Raises:
-      ValueError: there is no text, or the folder holds other runs.
-    """
-    text = Path(options.source)
-    if not text.is_file():
-        raise ValueError(f"no text at {options.source!r}; give the file to train on with --source.")
-    settings = {
-        "config": options.config,
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
-        "overrides": list(overrides),
-    }
-    record = out / "study.json"
-    if not record.exists():
-        write_json(record, settings)
-        return
-    earlier = json.loads(record.read_text(encoding="utf-8"))
-    different = [key for key in settings if earlier.get(key) != settings[key]]
-    if different:
-        given = "; ".join(
-            f"{key} {earlier.get(key)} there, {settings[key]} now" for key in different
-        )
-        raise ValueError(f"{out} holds other runs ({given}). Choose another --out.")
-
-
 def _run_path(out: Path, variant: str, seed: int) -> Path:
     return out / f"{variant}-{seed}"
-
-
-def _is_finished(out: Path, variant: str, seed: int) -> bool:
-    return (_run_path(out, variant, seed) / "summary.json").exists()
-
-
-def _train(
-    out: Path, variant: str, seed: int, options: argparse.Namespace, overrides: Sequence[str]
-) -> None:
-    """Trains one run from its start; what a killed run left is removed."""
-    path = _run_path(out, variant, seed)
-    if path.exists():
-        shutil.rmtree(path)
-    print(f"{variant}, seed {seed}:", flush=True)
-    own = REFERENCES.get(variant, ("--precision.recipe", variant))
-    command = [sys.executable, "-m", "lowprec_jax", "train", "--config", options.config]
-    command += [*own, *_QUIET, "--data.source", options.source, "--seed", str(seed), *overrides]
-    command += ["--name", f"{variant}-{seed}", "--run_dir", str(path)]
-    subprocess.run(command, env={**os.environ, **RAISED_THRESHOLDS}, check=True)
-    write_json(path / "code.json", {"sha256": _code_hash()})
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
-
-
-def _code_hash() -> str:
-    """Identifies the code of a run: names and contents of the package's files."""
-    spec = importlib.util.find_spec("lowprec_jax")
-    root = Path(spec.submodule_search_locations[0])
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _read(path: Path, last_steps: int) -> Result:
@@ -209,7 +138,7 @@ def _report(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         variant: {
             seed: _read(_run_path(out, variant, seed), options.last_steps)
             for seed in range(options.seeds)
-            if _is_finished(out, variant, seed)
+            if is_finished(_run_path(out, variant, seed))
         }
         for variant in _variants(options)
     }

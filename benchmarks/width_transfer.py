@@ -16,31 +16,42 @@ Finished runs are kept: a study that was cut off goes on where it stopped. Write
 import argparse
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RAISED_THRESHOLDS, describe_machine, write_json
+from benchmarks.machine import describe_machine, write_json
+from benchmarks.studies import is_finished, open_study, train
 from benchmarks.timing import format_table
+from lowprec_jax.errors import TrainingFailedError
 
 WIDTHS = (64, 128, 256)
 LEARNING_RATES = (0.0075, 0.015, 0.03, 0.06, 0.12, 0.24)
 _HEAD = 32
-_STOPPED = 5  # exit code of a run that its guard stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, overrides = _parser().parse_known_args(argv)
+    options, rest = _parser().parse_known_args(argv)
+    overrides = ["--steps", str(options.steps), *rest]
+    try:
+        open_study(options.out, options.config, options.source, overrides)
+    except ValueError as error:
+        print(f"width_transfer: error: {error}", file=sys.stderr)
+        return 2
     losses = {
-        width: {rate: _loss(width, rate, options, overrides) for rate in options.learning_rates}
+        width: {
+            rate: _loss(
+                options.out / f"{width}-{rate:g}",
+                options,
+                [*_sizes(width), "--optim.learning_rate", str(rate), *overrides],
+            )
+            for rate in options.learning_rates
+        }
         for width in options.widths
     }
-    rows = [_row(width, by_rate) for width, by_rate in losses.items()]
-    print(format_table(rows))
+    print(format_table([_row(width, by_rate) for width, by_rate in losses.items()]))
     record = {"config": options.config, "overrides": overrides, "losses": losses}
     write_json(options.out / "width_transfer.json", {"machine": describe_machine(), **record})
     return 0
@@ -62,53 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _loss(width: int, rate: float, options: argparse.Namespace, overrides: list[str]) -> float:
-    """Validation loss of one run in nats, NaN if the guard stopped it.
-
-    Trains it from its start if it is not finished.
-    """
-    path = options.out / f"{width}-{rate:g}"
-    summary = path / "summary.json"
-    if not summary.exists():
-        shutil.rmtree(path, ignore_errors=True)
-        print(f"width {width}, learning rate {rate:g}:", flush=True)
-        command = _command(width, rate, path, options) + overrides
-        run = subprocess.run(command, env={**os.environ, **RAISED_THRESHOLDS}, check=False)
-        if run.returncode == _STOPPED:
+def _loss(path: Path, options: argparse.Namespace, overrides: Sequence[str]) -> float:
+    """Validation loss of a run in nats, NaN if its guard stopped it; trains it where needed."""
+    if not is_finished(path):
+        try:
+            train(path, options.config, options.source, overrides)
+        except subprocess.CalledProcessError as failed:
+            if failed.returncode != TrainingFailedError.exit_code:
+                raise
             return math.nan
-        run.check_returncode()
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    loss = json.loads(summary.read_text(encoding="utf-8"))["validation_loss"]
-    return math.nan if loss is None else loss
+    return json.loads((path / "summary.json").read_text(encoding="utf-8"))["validation_loss"]
 
 
-def _command(width: int, rate: float, path: Path, options: argparse.Namespace) -> list[str]:
-    settings: dict[str, Any] = {
-        "config": options.config,
-        "name": path.name,
-        "run_dir": path,
-        "data.source": options.source,
-        "steps": options.steps,
-        "model.width": width,
-        "model.num_heads": width // _HEAD,
-        "model.mlp_width": width * 11 // 4,
-        "optim.learning_rate": rate,
-        "eval_every": 0,
-        "checkpoint_every": 0,
-        "log_every": 100,
-        "sample_tokens": 0,
-        "plots": False,
-        "progress": False,
-    }
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "lowprec_jax", "train", *words]
+def _sizes(width: int) -> list[str]:
+    sizes = {"width": width, "num_heads": width // _HEAD, "mlp_width": width * 11 // 4}
+    return [word for key, size in sizes.items() for word in (f"--model.{key}", str(size))]
 
 
 def _row(width: int, losses: dict[float, float]) -> dict[str, Any]:
-    """Losses by learning rate, and the best one."""
-    best = min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
-    by_rate = {f"{rate:g}": loss for rate, loss in losses.items()}
-    return {"width": width, **by_rate, "best": f"{best:g}"}
+    """Losses by learning rate, and the rate of the lowest, if any run came to its end."""
+    finished = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
+    best = f"{min(finished, key=finished.__getitem__):g}" if finished else "none"
+    return {"width": width, **{f"{rate:g}": loss for rate, loss in losses.items()}, "best": best}
 
 
 if __name__ == "__main__":

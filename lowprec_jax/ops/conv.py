@@ -25,7 +25,6 @@ from lowprec_jax.ops.operands import (
     current_amax,
     forms_of,
     keep,
-    observation,
     observe,
 )
 from lowprec_jax.ops.randomness import rounding_key
@@ -216,9 +215,7 @@ def _forward(call: _Call, lhs, rhs, amax, *, observing: bool):
     kept = keep(left.second, "quantized_lhs"), keep(right.second, "quantized_rhs")
     seen = None
     if observing:
-        rows = {Role.LHS: observe(lhs, Role.LHS, left, recipe)}
-        rows[Role.RHS] = observe(rhs, Role.RHS, right, recipe)
-        seen = observation(rows)
+        seen = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe)
     return out.astype(call.dtype), kept, seen
 
 
@@ -236,8 +233,8 @@ def _bwd(call: _Call, residuals, grad):
     drhs = multiply(wgrad, as_codes(kept_lhs), forms.second, recipe.gemm("wgrad"), **options)
     probe = None
     if sink is not None:
-        row = observe(grad, Role.OUTPUT_GRAD, forms, recipe)
-        probe = sinks.write(sink, seen + observation({Role.OUTPUT_GRAD: row}))
+        seen = seen + observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe)
+        probe = sinks.write(sink, seen)
     return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
 
 

@@ -29,7 +29,6 @@ from lowprec_jax.ops.operands import (
     forms_of,
     gathered,
     keep,
-    observation,
     observe,
 )
 from lowprec_jax.ops.product import product
@@ -218,9 +217,7 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
     kept = left.second.transpose(dims.lhs_to_wgrad), right.second
     seen = None
     if observing:
-        rows = {Role.LHS: observe(lhs, Role.LHS, left, recipe)}
-        rows[Role.RHS] = observe(rhs, Role.RHS, right, recipe)
-        seen = observation(rows)
+        seen = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe)
     return out.astype(call.dtype), kept, seen
 
 
@@ -238,8 +235,7 @@ def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, seen):
     if amax is None:
         amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
     key = rounding and rounding_key(grad, *rounding)
-    role = Role.OUTPUT_GRAD
-    forms = forms_of(grad, role, amax, recipe, dims, key)
+    forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe, dims, key)
     multiply = functools.partial(
         product, precision=call.precision, backward=True, backend=call.backend
     )
@@ -259,7 +255,7 @@ def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, seen):
     ).transpose(dims.wgrad_to_rhs)
     drhs = reduce_scatter(drhs, call.gather)
     if seen is not None:
-        seen = seen + observation({role: observe(grad, role, forms, recipe)})
+        seen = seen + observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe)
     return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), seen
 
 

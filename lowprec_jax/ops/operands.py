@@ -189,8 +189,15 @@ def as_codes(x: Operand) -> Operand:
     return _map_data(lambda data: lax.bitcast_convert_type(data, dtype), x)
 
 
-def observe(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array:
-    """One row of an observation, f32[1, 5]; only the amax and the size in high precision."""
+def observe(operands: Mapping[Role, tuple[jax.Array, Forms]], recipe: Recipe) -> jax.Array:
+    """An observation f32[3, 5] of some operands, in their forms; the rows of others are zero."""
+    nothing = np.zeros((1, len(Column)), np.float32)
+    rows = {role: _row(x, role, forms, recipe) for role, (x, forms) in operands.items()}
+    return lax.concatenate([rows.get(role, nothing) for role in Role], 0)
+
+
+def _row(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array:
+    """f32[1, 5]; only the amax and the size in high precision."""
     index = next(
         (i for i, q in enumerate(recipe.quantizers_of(role)) if q and not q.hadamard), None
     )
@@ -205,12 +212,6 @@ def observe(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array
         columns = range_statistics(x, scale, form.format)
     columns = *columns, np.float32(x.size)
     return lax.concatenate([lax.reshape(column, (1, 1)) for column in columns], 1)
-
-
-def observation(rows: Mapping[Role, jax.Array]) -> jax.Array:
-    """An observation f32[3, 5] from the rows of some roles; the others are zero."""
-    nothing = np.zeros((1, len(Column)), np.float32)
-    return lax.concatenate([rows.get(role, nothing) for role in Role], 0)
 
 
 def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:

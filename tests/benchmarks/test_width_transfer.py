@@ -19,10 +19,11 @@ def runs(tmp_path, monkeypatch):
     def run(command, **options):
         if "train" not in command:  # the machine is described by programs too
             return run_program(command, **options)
+        assert options["check"]
         values = dict(zip(command[4::2], command[5::2], strict=True))
         commands.append(values)
         if values["--model.width"] == "64":
-            return subprocess.CompletedProcess(command, 5)
+            raise subprocess.CalledProcessError(5, command)
         loss = abs(math.log2(float(values["--optim.learning_rate"]) / 0.02))
         path = tmp_path / values["--name"]
         path.mkdir(parents=True)
@@ -33,8 +34,14 @@ def runs(tmp_path, monkeypatch):
     return commands
 
 
+def _run(tmp_path, *words):
+    text = tmp_path / "t.txt"
+    text.write_text("to be or not to be")
+    return width_transfer.main(["--source", str(text), "--out", str(tmp_path), *RATES, *words])
+
+
 def _study(tmp_path, *words):
-    width_transfer.main(["--source", "t.txt", "--out", str(tmp_path), *RATES, *words])
+    assert _run(tmp_path, *words) == 0
     return json.loads((tmp_path / "width_transfer.json").read_text())["losses"]
 
 
@@ -53,5 +60,12 @@ def test_study__two_rates__names_the_best_and_keeps_finished_runs(runs, tmp_path
 def test_study__run_stopped_by_its_guard__has_no_loss_and_is_tried_again(runs, tmp_path):
     for _ in range(2):
         losses = _study(tmp_path, "--widths", "64")
-    assert all(loss is None or math.isnan(loss) for loss in losses["64"].values())
+    assert all(math.isnan(loss) for loss in losses["64"].values())
     assert len(runs) == 4
+
+
+def test_study__folder_of_other_runs__is_refused(runs, tmp_path, capsys):
+    _study(tmp_path, "--widths", "32")
+    assert _run(tmp_path, "--widths", "32", "--steps", "7") == 2
+    assert "holds other runs" in capsys.readouterr().err
+    assert len(runs) == 2
