@@ -12,7 +12,7 @@ from lowprec_jax.numerics.block_scales import (
     scale_down,
     scale_up,
 )
-from lowprec_jax.numerics.casting import Rounding, cast, decode
+from lowprec_jax.numerics.casting import Rounding, cast, cast_with_values, decode
 from lowprec_jax.numerics.codebook_format import CodebookFormat
 from lowprec_jax.numerics.diagnostics import (
     RangeStatistics,
@@ -62,7 +62,9 @@ from lowprec_jax.numerics.scaling import (
     compute_amax,
     reciprocal,
     round_up_to_power_of_two,
+    scale_factor,
     scale_from_amax,
+    scale_from_history,
     usable,
 )
 from lowprec_jax.numerics.tiles import Tile, spread
@@ -102,6 +104,7 @@ __all__ = [
     "Tile",
     "as_quantizer",
     "cast",
+    "cast_with_values",
     "compute_amax",
     "decode",
     "dequantize",
@@ -127,7 +130,9 @@ __all__ = [
     "round_up_to_power_of_two",
     "saturated_fraction",
     "scale_down",
+    "scale_factor",
     "scale_from_amax",
+    "scale_from_history",
     "scale_up",
     "spread",
     "sqnr_db",

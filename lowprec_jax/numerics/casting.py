@@ -50,15 +50,25 @@ def cast(
 
     Differs from: ``astype``, which does not saturate.
     """
+    return cast_with_values(x, fmt, rounding=rounding, key=key)[0]
+
+
+def cast_with_values(
+    x: jax.Array, fmt: Format, *, rounding: Rounding = "nearest", key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`cast`, and what the codes stand for, f32 of the same shape: ``decode`` of them, for less.
+
+    None where nothing is saved by it, so that it must be decoded. See `cast` for the rest.
+    """
     if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.dtype(x.dtype).itemsize < 2:
         raise TypeError(
             f"cast: x is {x.dtype}; pass float32, bfloat16 or float16 (dequantize codes first)."
         )
     _check_rounding(rounding, key, fmt)
     if not fmt.element:
-        return x.astype(fmt.dtype)
+        return x.astype(fmt.dtype), None
     if not fmt.is_low_precision:
-        return _clip(x, fmt).astype(fmt.dtype)
+        return _clip(x, fmt).astype(fmt.dtype), None
     x = lax.convert_element_type(x, jnp.float32)
     key = key if rounding == "stochastic" else None
     match fmt:
@@ -67,7 +77,7 @@ def cast(
         case IntegerFormat():
             return _round_to_integer(x, fmt, key)
         case CodebookFormat():
-            return _round_to_codebook(x, fmt, key)
+            return _round_to_codebook(x, fmt, key), None
     raise TypeError(f"cast: no rounding is known for formats like {fmt!r}.")
 
 
@@ -124,8 +134,10 @@ def _clip(x: jax.Array, fmt: Format) -> jax.Array:
     return jnp.where(jnp.abs(wide) > limit, jnp.sign(wide) * limit, wide)
 
 
-def _round_to_integer(x: jax.Array, fmt: IntegerFormat, key: jax.Array | None) -> jax.Array:
-    """Codes of f32 values; the scaling to steps is by a power of two, exact."""
+def _round_to_integer(
+    x: jax.Array, fmt: IntegerFormat, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes of f32 values and their values; the scaling to steps is by a power of two, exact."""
     limit = float(fmt.max_code)
     steps = jnp.clip(x * np.float32(1 / fmt.step), -limit, limit)
     if key is None:
@@ -134,7 +146,8 @@ def _round_to_integer(x: jax.Array, fmt: IntegerFormat, key: jax.Array | None) -
         lower = jnp.floor(steps)
         up = uniform(key, x.shape) < steps - lower
         whole = lower + up.astype(jnp.float32)
-    return jnp.where(jnp.isnan(x), 0, whole).astype(fmt.dtype)
+    whole = jnp.where(jnp.isnan(x), 0, whole)
+    return whole.astype(fmt.dtype), whole * np.float32(fmt.step)
 
 
 def _round_to_codebook(x: jax.Array, fmt: CodebookFormat, key: jax.Array | None) -> jax.Array:

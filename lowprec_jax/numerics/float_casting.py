@@ -16,51 +16,86 @@ _EXPONENT = 0x7F800000
 _QUIET_NAN = 0x7FC00000
 
 
-def round_to_float(x: jax.Array, fmt: FloatFormat, key: jax.Array | None) -> jax.Array:
-    """Codes of f32 values: saturating, to nearest even, or stochastically with a key.
+def round_to_float(
+    x: jax.Array, fmt: FloatFormat, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes of f32 values and what they stand for, f32: saturating, to nearest even, or at random.
 
     A magnitude is a whole number of steps ("ulps") of its binade, where the binades below the
     smallest normal number share its step. Adding 2**23 steps makes the f32 addition round to whole
     steps (nearest, ties to even), and the low bits of the sum are their number; the code is that
-    number plus the offset of the binade. A carry into the next binade is the next code, as wanted.
+    number plus the first code of the binade, which is added along with the 2**23. A carry into the
+    next binade is the next code, as wanted. Subtracted again, the rounded magnitude is left.
 
     NaN becomes ``fmt.nan_code``; where there is none, the code of -0, as in `ml_dtypes`.
+
+    Args:
+      x: f32 array.
+      fmt: the format.
+      key: PRNG key, which rounds stochastically; None: to nearest.
     """
-    mantissa = fmt.mantissa_bits
-    min_exponent = _F32_BIAS + 1 - fmt.bias  # biased f32 exponent of fmt.min_normal
     bits = _as_bits(x)
     magnitude = _as_float(bits & np.uint32(_MAGNITUDE))
     clipped = lax.min(magnitude, np.float32(fmt.max))
+    min_exponent = _F32_BIAS + 1 - fmt.bias  # biased f32 exponent of fmt.min_normal
     binade = lax.max(
         _as_bits(clipped) & np.uint32(_EXPONENT), np.uint32(min_exponent << _F32_MANTISSA)
     )
-    if key is None:
-        magic = binade + np.uint32((_F32_MANTISSA - mantissa) << _F32_MANTISSA)
-        steps = _as_bits(clipped + _as_float(magic)) - magic
+    rounded, code = (
+        _nearest(clipped, binade, fmt) if key is None else _stochastic(clipped, binade, fmt, key)
+    )
+    value = _as_float(_as_bits(rounded) | (bits & np.uint32(_SIGN)))
+    sign = (bits >> np.uint32(32 - fmt.bits)) & np.uint32(fmt.sign_bit)
+    if fmt.has_negative_zero:
+        code = code | sign
     else:
-        steps = _stochastic_steps(clipped, binade, fmt, key)
-    exponent = binade >> np.uint32(_F32_MANTISSA - mantissa)
-    code = steps + exponent - np.uint32(min_exponent << mantissa)
-    sign = (bits & np.uint32(_SIGN)) >> np.uint32(32 - fmt.bits)
-    signed = code | sign
-    code = signed if fmt.has_negative_zero else lax.select(code == np.uint32(0), code, signed)
-    nan = _filled(code, fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
-    code = lax.select(magnitude != magnitude, nan, code)
+        code = code & np.uint32(fmt.sign_bit - 1)
+        code = lax.select(code == np.uint32(0), code, code | sign)
     code = lax.convert_element_type(code, f"uint{8 * fmt.dtype.itemsize}")
-    return lax.bitcast_convert_type(code, fmt.dtype)
+    # Last, since XLA:CPU computes again, in each kernel that reads it, what ends in a conversion.
+    is_nan = magnitude != magnitude
+    nan = _filled(code, fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
+    code = lax.select(is_nan, nan, code)
+    if fmt.nan_code is None:
+        value = lax.select(is_nan, _as_float(_filled(bits, 0)), value)
+    return lax.bitcast_convert_type(code, fmt.dtype), value
 
 
-def _stochastic_steps(
+def _first_code(binade: jax.Array, fmt: FloatFormat, added: int = 0) -> jax.Array:
+    """The code of a binade less its steps, u32, plus a number."""
+    exponent = binade >> np.uint32(_F32_MANTISSA - fmt.mantissa_bits)
+    smallest = (_F32_BIAS + 1 - fmt.bias) << fmt.mantissa_bits
+    return exponent + np.uint32((added - smallest) % 2**32)
+
+
+def _nearest(
+    magnitude: jax.Array, binade: jax.Array, fmt: FloatFormat
+) -> tuple[jax.Array, jax.Array]:
+    """The rounded magnitude, and its code in the low bits of u32."""
+    steps = (_F32_MANTISSA - fmt.mantissa_bits) << _F32_MANTISSA  # 2**23 of them, times the binade
+    if fmt.mantissa_bits:
+        magic = binade + _first_code(binade, fmt, steps)
+        total = magnitude + _as_float(magic)
+        return total - _as_float(magic), _as_bits(total)
+    # First codes are odd in every second binade: added before, they would turn ties around.
+    magic = binade + np.uint32(steps)
+    total = magnitude + _as_float(magic)
+    return total - _as_float(magic), _as_bits(total) - magic + _first_code(binade, fmt)
+
+
+def _stochastic(
     magnitude: jax.Array, binade: jax.Array, fmt: FloatFormat, key: jax.Array
-) -> jax.Array:
-    """Whole steps of the binade, rounded up with the probability of the fraction."""
+) -> tuple[jax.Array, jax.Array]:
+    """As `_nearest`; up with the probability of the fraction of a step."""
     to_steps = np.uint32((2 * _F32_BIAS + fmt.mantissa_bits) << _F32_MANTISSA) - binade
+    step = binade - np.uint32(fmt.mantissa_bits << _F32_MANTISSA)
     steps = magnitude * _as_float(to_steps)  # exact: a power of two
     whole = lax.floor(steps)
-    up = uniform(key, magnitude.shape) < steps - whole
     # fmt.max is on the grid: a clipped magnitude has no fraction there and cannot exceed it.
+    whole = whole + (uniform(key, magnitude.shape) < steps - whole).astype(jnp.float32)
     # By way of int32, for which CPUs have an instruction.
-    return (whole.astype(jnp.int32) + up.astype(jnp.int32)).astype(jnp.uint32)
+    code = whole.astype(jnp.int32).astype(jnp.uint32) + _first_code(binade, fmt)
+    return whole * _as_float(step), code
 
 
 def float_from_code(codes: jax.Array, fmt: FloatFormat, dtype=jnp.float32) -> jax.Array:

@@ -15,7 +15,7 @@ from lowprec_jax.numerics.block_scales import (
     e8m0_value,
     nvfp4_scales,
 )
-from lowprec_jax.numerics.casting import Rounding, cast, decode
+from lowprec_jax.numerics.casting import Rounding, cast_with_values, decode
 from lowprec_jax.numerics.formats import Format
 from lowprec_jax.numerics.hadamard import hadamard_rotate
 from lowprec_jax.numerics.scaled_array import ScaledArray
@@ -178,48 +178,55 @@ class Quantizer:
         tile: Tile = (),
         *,
         tensor_amax: jax.Array | None = None,
+        scale: jax.Array | None = None,
         key: jax.Array | None = None,
+        with_values: bool = False,
     ) -> ScaledArray:
         """Quantizes a tensor.
 
         Args:
           x: float array; rotated already if there is a rotation (`rotate`).
           tile: what `tile` returns for it.
-          tensor_amax: amax of the tensor, f32 []; None: that of `x`. Given by delayed scaling, and
-            where devices hold parts of the tensor.
+          tensor_amax: amax of the tensor, f32 []; None: that of `x`. Given where devices hold parts
+            of the tensor.
+          scale: scale of the tensor, f32 [], where it is known (delayed scaling).
           key: PRNG key, for stochastic rounding.
+          with_values: add `ScaledArray.values`, for a matmul that follows at once.
 
         Returns:
           The codes, with a scale for each tile.
         """
-        if self.needs_tensor_amax and tensor_amax is None:
+        if self.needs_tensor_amax and tensor_amax is None and scale is None:
             tensor_amax = compute_amax(x)
         if self.per_tensor:
-            scale, _ = self.scales(jnp.float32(1) if tensor_amax is None else tensor_amax)
-            codes = cast(
+            if scale is None or not self.needs_tensor_amax:
+                scale, _ = self.scales(jnp.float32(1) if tensor_amax is None else tensor_amax)
+            codes, values = cast_with_values(
                 x.astype(jnp.float32) * reciprocal(scale),
                 self.format,
                 rounding=self.rounding,
                 key=key,
             )
-            return ScaledArray(codes, scale, self.format)
+            return ScaledArray(codes, scale, self.format, values=values if with_values else None)
         view, within = split(x.astype(jnp.float32), tile)
         amax = compute_amax(view, within)
-        codes, scale, whole = self._encode(view, amax, tensor_amax, key)
+        codes, values, scale, whole = self._encode(view, amax, tensor_amax, key)
         if self.four_over_six:
-            other, larger, _ = self._encode(view, amax, tensor_amax, key, element_max=4.0)
+            other, _, larger, _ = self._encode(view, amax, tensor_amax, key, element_max=4.0)
             assert whole is not None
             in_scales = view * reciprocal(whole)
             better = _error(in_scales, other, larger, within, self.format) < _error(
                 in_scales, codes, scale, within, self.format
             )
             codes, scale = jnp.where(better, other, codes), jnp.where(better, larger, scale)
+            values = None
         return ScaledArray(
             merge(codes, x.shape),
             scale.reshape(scale_shape(x.shape, tile)),
             self.format,
             tile,
             whole,
+            merge(values, x.shape) if with_values and values is not None else None,
         )
 
     def _encode(self, view, amax, tensor_amax, key, element_max=None):
@@ -229,8 +236,10 @@ class Quantizer:
         )
         # The barrier keeps the arithmetic of scales out of the loop over the elements.
         factor = lax.optimization_barrier(factor)
-        codes = cast(view * factor, self.format, rounding=self.rounding, key=key)
-        return codes, scale, whole
+        codes, values = cast_with_values(
+            view * factor, self.format, rounding=self.rounding, key=key
+        )
+        return codes, values, scale, whole
 
     def rotate(self, x: jax.Array, contracted: Sequence[int]) -> jax.Array:
         """`x` after the Hadamard rotation along its last contracted axis, if there is one.

@@ -16,7 +16,7 @@ from lowprec_jax.numerics.transpose import transpose
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["data", "scale", "global_scale"],
+    data_fields=["data", "scale", "global_scale", "values"],
     meta_fields=["format", "tile"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ScaledArray:
       tile: elements along each axis that share a scale (static), aligned to the last axes; needed
         for axes that have neither one scale nor one for each element.
       global_scale: f32 [], the second level of NVFP4; None for one level.
+      values: f32, what `data` stands for without scales, where it was just rounded: a matmul that
+        upcasts takes these, and XLA drops what is not used. None: decode `data`.
     """
 
     data: jax.Array
@@ -38,6 +40,7 @@ class ScaledArray:
     format: Format
     tile: Tile = ()
     global_scale: jax.Array | None = None
+    values: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +61,13 @@ class ScaledArray:
         order = tuple(order)
         scale = self.scale if self.per_tensor else self.scale.transpose(order)
         tile = tuple(self.tile[axis] for axis in order) if self.tile else ()
-        return dataclasses.replace(self, data=transpose(self.data, order), scale=scale, tile=tile)
+        return dataclasses.replace(
+            self.with_data(transpose(self.data, order)), scale=scale, tile=tile
+        )
+
+    def with_data(self, data: jax.Array) -> "ScaledArray":
+        """The same with these codes, without `values`."""
+        return dataclasses.replace(self, data=data, values=None)
 
 
 def quantize(

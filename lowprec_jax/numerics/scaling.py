@@ -83,11 +83,36 @@ def scale_from_amax(
     Differs from: that source and torchao, which store the reciprocal; TE-JAX, whose scale
       overflows for a tiny amax.
     """
+    return jnp.where(usable(amax), _scaled(amax, scale_factor(fmt, margin)), fallback)
+
+
+def scale_factor(fmt: Format, margin: int = 0) -> np.float32:
+    """What an amax is multiplied with to give a scale, see `scale_from_amax`."""
     # Beyond 2**126 (bf16, f32) the reciprocal would be subnormal, which XLA:CPU flushes to zero.
     factor = np.maximum(np.float32(1) / np.float32(fmt.scale_max), np.float32(MIN_SCALE))
-    factor *= np.float32(2.0**margin)
-    scale = lax.clamp(np.float32(MIN_SCALE), amax * factor, np.float32(MAX_SCALE))
-    return jnp.where(usable(amax), scale, fallback)
+    return factor * np.float32(2.0**margin)
+
+
+def scale_from_history(amax: jax.Array, factor: np.ndarray, powers_of_two: np.ndarray) -> jax.Array:
+    """The scale of the largest usable amax along the last axis; 1 where none is usable.
+
+    The largest of the scales, not the scale of the largest: XLA:CPU computes again, in each kernel
+    that reads a result, all that comes after a maximum.
+
+    Args:
+      amax: amaxes, f32[..., window].
+      factor: the `scale_factor` of each result, f32, broadcastable to ``amax[..., 0]``.
+      powers_of_two: whether a scale is rounded up to a power of two, bool, of the same shape.
+    """
+    scale = _scaled(amax, factor[..., None])
+    if powers_of_two.any():
+        scale = jnp.where(powers_of_two[..., None], round_up_to_power_of_two(scale), scale)
+    # -1 is less than every scale, and its magnitude is what stands for none.
+    return lax.abs(jnp.max(jnp.where(usable(amax), scale, -1.0), -1, initial=-1.0))
+
+
+def _scaled(amax: jax.Array, factor: np.ndarray | np.float32) -> jax.Array:
+    return lax.clamp(np.float32(MIN_SCALE), amax * factor, np.float32(MAX_SCALE))
 
 
 def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:

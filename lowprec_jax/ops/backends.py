@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax.errors import did_you_mean
-from lowprec_jax.numerics import Format, decode, format_of
+from lowprec_jax.numerics import Format, decode, format_of, narrow_to_bf16
 
 DotGeneral = Callable[..., jax.Array]
 Formats = tuple[Format, Format]
+# Of each operand, f32; None where only codes exist. See `ScaledArray.values`.
+Values = tuple[jax.Array | None, jax.Array | None]
 
 
 def native(
@@ -41,7 +43,14 @@ def native(
 
 
 def upcast(
-    lhs, rhs, dimension_numbers, *, formats: Formats, precision=None, out_sharding=None
+    lhs,
+    rhs,
+    dimension_numbers,
+    *,
+    formats: Formats,
+    precision=None,
+    out_sharding=None,
+    values: Values = (None, None),
 ) -> jax.Array:
     """Multiplies in bf16 where it holds the codes exactly (all of up to 8 bits), else in f32.
 
@@ -53,7 +62,10 @@ def upcast(
     exact = all(fmt.exact_in_bf16 for fmt in formats)
     dtype = jnp.bfloat16 if exact else jnp.float32
     lhs, rhs = lax.optimization_barrier(
-        tuple(upcast_operand(x, fmt, dtype) for x, fmt in zip((lhs, rhs), formats, strict=True))
+        tuple(
+            upcast_operand(x, fmt, dtype, known)
+            for x, fmt, known in zip((lhs, rhs), formats, values, strict=True)
+        )
     )
     return lax.dot_general(
         lhs,
@@ -66,9 +78,13 @@ def upcast(
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
-def upcast_operand(codes: jax.Array, fmt: Format, dtype) -> jax.Array:
+def upcast_operand(
+    codes: jax.Array, fmt: Format, dtype, values: jax.Array | None = None
+) -> jax.Array:
     """The codes in a wider type; a function that `count_gemms` knows by name."""
-    return decode(codes, fmt, dtype)
+    if values is None:
+        return decode(codes, fmt, dtype)
+    return narrow_to_bf16(values) if dtype == jnp.bfloat16 else values.astype(dtype)
 
 
 def multiplies_natively(formats: Formats) -> bool:
@@ -93,9 +109,6 @@ def as_native(codes: jax.Array, fmt: Format) -> jax.Array:
 # "block_scaled" is native, and XLA's block-scaled matmul where scales lie in blocks along the
 # contraction (`lowprec_jax.ops.block_product`): a matter of the chip, not of the platform.
 BACKENDS: dict[str, DotGeneral] = {"native": native, "upcast": upcast, "block_scaled": native}
-
-# The form each platform executes; platforms not named take the native one.
-_BY_PLATFORM = {"cpu": upcast}
 
 
 def register_backend(name: str, backend: DotGeneral) -> DotGeneral:
@@ -144,6 +157,7 @@ def dot(
     precision=None,
     out_sharding=None,
     backend: str | None = None,
+    values: Values = (None, None),
 ) -> jax.Array:
     """``lhs x rhs`` of low-precision codes, f32, without scales.
 
@@ -155,6 +169,7 @@ def dot(
       precision: "default" accumulation or `lax.Precision.HIGHEST` (split accumulation on GPU).
       out_sharding: as in `jax.lax.dot_general`.
       backend: a name in `BACKENDS`, or None for what the platform of the lowering executes best.
+      values: what the codes stand for, where it is known; upcasting takes it.
 
     Raises:
       ValueError: an unknown backend.
@@ -166,9 +181,14 @@ def dot(
         "precision": precision,
         "out_sharding": out_sharding,
     }
+    if backend == "upcast":
+        return upcast(lhs, rhs, values=values, **options)
     if backend is not None:
         return BACKENDS[backend](lhs, rhs, **options)
-    branches = {name: functools.partial(f, **options) for name, f in _BY_PLATFORM.items()}
     return lax.platform_dependent(
-        lhs, rhs, default=functools.partial(native, **options), **branches
+        lhs,
+        rhs,
+        values,
+        cpu=lambda lhs, rhs, values: upcast(lhs, rhs, values=values, **options),
+        default=lambda lhs, rhs, values: native(lhs, rhs, **options),
     )

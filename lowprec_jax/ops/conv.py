@@ -114,9 +114,9 @@ def _quantized(lhs, rhs, convolution, recipe: Recipe, state, dtype, precision) -
             f"conv_general_dilated: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
             f"{rhs.dtype}. Convert them first, or use recipe 'none'."
         )
-    sink, amax = read_state(recipe, state, "conv_general_dilated")
+    sink, scales = read_state(recipe, state, "conv_general_dilated")
     rounding = read_rounding(recipe, state)
-    if recipe.delayed and amax is None:
+    if recipe.delayed and scales is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     call = _Call(
         recipe=_without_rotation(recipe),
@@ -128,7 +128,7 @@ def _quantized(lhs, rhs, convolution, recipe: Recipe, state, dtype, precision) -
     )
     axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
     lhs, rhs = compat.to_varying(lhs, axes), compat.to_varying(rhs, axes)
-    return _conv(call, lhs, rhs, amax, sink, rounding)
+    return _conv(call, lhs, rhs, scales, sink, rounding)
 
 
 def _as_tuples(x: Any) -> Any:
@@ -156,9 +156,9 @@ class _Call:
     rhs: _Like
 
 
-def _forms_of(x, role: Role, amax, call: _Call, key=None) -> Forms:
+def _forms_of(x, role: Role, known, call: _Call, key=None) -> Forms:
     # Of the dimension numbers it reads the groups only, which a convolution has too.
-    return forms_of(x, role, amax, call.recipe, call.convolution, key)  # pyright: ignore[reportArgumentType]
+    return forms_of(x, role, known, call.recipe, call.convolution, key)  # pyright: ignore[reportArgumentType]
 
 
 def _without_rotation(recipe: Recipe) -> Recipe:
@@ -174,23 +174,23 @@ def _without_rotation(recipe: Recipe) -> Recipe:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(call: _Call, lhs, rhs, amax, sink, rounding: Rounding):
+def _conv(call: _Call, lhs, rhs, scales, sink, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, seen = _forward(call, lhs, rhs, amax, observing=sink is not None)
+    out, _, seen = _forward(call, lhs, rhs, scales, observing=sink is not None)
     if seen is not None:
         sinks.write(sink, seen)
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, amax, sink, rounding: Rounding):
+def _fwd(call: _Call, lhs, rhs, scales, sink, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
     _check_mesh(lhs, rhs)
-    out, kept, seen = _forward(call, lhs, rhs, amax, observing=sink is not None)
+    out, kept, seen = _forward(call, lhs, rhs, scales, observing=sink is not None)
     if seen is not None and not isinstance(sink, sinks.Probe):
         # As in `dot_general`: the amaxes already here, for a frozen trunk.
         sinks.write(sink, amax_only(seen))
-    return out, (*kept, amax, seen, sink, rounding)
+    return out, (*kept, scales, seen, sink, rounding)
 
 
 def _check_mesh(*operands: jax.Array) -> None:
@@ -203,13 +203,14 @@ def _check_mesh(*operands: jax.Array) -> None:
         )
 
 
-def _forward(call: _Call, lhs, rhs, amax, *, observing: bool):
+def _forward(call: _Call, lhs, rhs, scales, *, observing: bool):
     """The product, what the backward pass keeps, and what was observed of the operands."""
     recipe, convolution = call.recipe, call.convolution
-    if amax is None:
-        amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe)
-    left = _forms_of(lhs, Role.LHS, amax, call)
-    right = _forms_of(rhs, Role.RHS, amax, call)
+    known = scales
+    if known is None:
+        known = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe)
+    left = _forms_of(lhs, Role.LHS, known, call)
+    right = _forms_of(rhs, Role.RHS, known, call)
     gemm = recipe.gemm("fwd")
     out = multiply(convolution.forward, left.first, right.first, gemm, precision=call.precision)
     kept = keep(left.second, "quantized_lhs"), keep(right.second, "quantized_rhs")
@@ -220,12 +221,13 @@ def _forward(call: _Call, lhs, rhs, amax, *, observing: bool):
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, amax, seen, sink, rounding = residuals
+    kept_lhs, kept_rhs, scales, seen, sink, rounding = residuals
     recipe, convolution = call.recipe, call.convolution
-    if amax is None:
-        amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
+    known = scales
+    if known is None:
+        known = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
     key = rounding and rounding_key(grad, *rounding)
-    forms = _forms_of(grad, Role.OUTPUT_GRAD, amax, call, key)
+    forms = _forms_of(grad, Role.OUTPUT_GRAD, known, call, key)
     options = {"precision": call.precision, "backward": True}
     dgrad = functools.partial(convolution.dgrad, shape=call.lhs.shape)
     wgrad = functools.partial(convolution.wgrad, shape=call.rhs.shape)

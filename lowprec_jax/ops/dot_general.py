@@ -22,6 +22,7 @@ from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, gather, reduce_scatter
 from lowprec_jax.ops.operands import (
     Forms,
+    Operand,
     as_bytes,
     as_codes,
     can_gather_codes,
@@ -107,8 +108,8 @@ def dot_general(
             f"dot_general: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
             f"{rhs.dtype}. Convert them first, or use recipe 'none'."
         )
-    sink, amax = read_state(recipe, state, "dot_general")
-    if recipe.delayed and amax is None:
+    sink, scales = read_state(recipe, state, "dot_general")
+    if recipe.delayed and scales is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
     lhs, rhs = compat.to_varying(lhs, axes), compat.to_varying(rhs, axes)
@@ -129,7 +130,7 @@ def dot_general(
     )
     rounding = read_rounding(recipe, state)
     codes = _checked_codes(rhs_quantized, recipe)
-    return _dot(call, lhs, rhs, amax, sink, codes, rounding)
+    return _dot(call, lhs, rhs, scales, sink, codes, rounding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ class _Call:
     rhs: _Like
 
 
-def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray | None:
+def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> Operand | None:
     if quantized is None or recipe.fwd is None:
         return None
     wanted = recipe.fwd.right
@@ -173,35 +174,36 @@ def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> ScaledArray
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
+def _dot(call: _Call, lhs, rhs, scales, sink, codes, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
+    out, _, seen = _forward(call, lhs, rhs, scales, codes, observing=sink is not None)
     if seen is not None:
         sinks.write(sink, seen)
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, amax, sink, codes, rounding: Rounding):
+def _fwd(call: _Call, lhs, rhs, scales, sink, codes, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
-    out, kept, seen = _forward(call, lhs, rhs, amax, codes, observing=sink is not None)
+    out, kept, seen = _forward(call, lhs, rhs, scales, codes, observing=sink is not None)
     if seen is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
         sinks.write(sink, amax_only(seen))
     kept_lhs, kept_rhs = keep(kept[0], "quantized_lhs"), keep(kept[1], "quantized_rhs")
-    return out, (kept_lhs, kept_rhs, amax, seen, sink, rounding)
+    return out, (kept_lhs, kept_rhs, scales, seen, sink, rounding)
 
 
 # Compiled functions of their own, so that JAX traces them once for all layers of the same shapes.
 @functools.partial(jax.jit, static_argnames=("call", "observing"))
-def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
+def _forward(call: _Call, lhs, rhs, scales, codes, *, observing: bool):
     """The product, the operands as `wgrad` and `dgrad` take them, and what was observed of them."""
     recipe, dims = call.recipe, call.dims
-    if amax is None:
-        amax = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
-    left = forms_of(lhs, Role.LHS, amax, recipe, dims)
-    right = forms_of(rhs, Role.RHS, amax, recipe, dims)
+    known = scales
+    if known is None:
+        known = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
+    left = forms_of(lhs, Role.LHS, known, recipe, dims)
+    right = forms_of(rhs, Role.RHS, known, recipe, dims)
     if codes is not None:
         given = as_codes(codes)
         right = Forms(given, given if right.second is right.first else right.second)
@@ -214,7 +216,7 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
         out_sharding=call.out_sharding,
         backend=call.backend,
     )
-    kept = left.second.transpose(dims.lhs_to_wgrad), right.second
+    kept = as_bytes(left.second.transpose(dims.lhs_to_wgrad)), as_bytes(right.second)
     seen = None
     if observing:
         seen = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe)
@@ -222,20 +224,21 @@ def _forward(call: _Call, lhs, rhs, amax, codes, *, observing: bool):
 
 
 def _bwd(call: _Call, residuals, grad):
-    *kept, amax, seen, sink, rounding = residuals
-    dlhs, drhs, seen = _backward(call, *kept, amax, rounding, grad, seen)
+    *kept, scales, seen, sink, rounding = residuals
+    dlhs, drhs, seen = _backward(call, *kept, scales, rounding, grad, seen)
     probe = None if sink is None else sinks.write(sink, seen)
     return dlhs, drhs, None, probe, None, None
 
 
 @functools.partial(jax.jit, static_argnames="call")
-def _backward(call: _Call, kept_lhs, kept_rhs, amax, rounding, grad, seen):
+def _backward(call: _Call, kept_lhs, kept_rhs, scales, rounding, grad, seen):
     """The gradients of the operands, and what was observed of all three."""
     recipe, dims = call.recipe, call.dims
-    if amax is None:
-        amax = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
+    known = scales
+    if known is None:
+        known = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
     key = rounding and rounding_key(grad, *rounding)
-    forms = forms_of(grad, Role.OUTPUT_GRAD, amax, recipe, dims, key)
+    forms = forms_of(grad, Role.OUTPUT_GRAD, known, recipe, dims, key)
     multiply = functools.partial(
         product, precision=call.precision, backward=True, backend=call.backend
     )

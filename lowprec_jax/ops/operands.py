@@ -1,6 +1,7 @@
 """The operands of a GEMM: quantized as its quantizers say, kept for the backward pass, observed."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,8 +19,9 @@ from lowprec_jax.recipes import Column, Recipe, Role
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array
-# f32 [] by role: a dict, or the array f32[3].
-Amax = Mapping[Role, jax.Array] | jax.Array
+# What scales are: current scaling knows amaxes f32 [] by role, delayed scaling the scales
+# f32[3, 2], see `history_scales`.
+Known = Mapping[Role, jax.Array] | jax.Array
 
 
 class AxisGroups(Protocol):
@@ -41,7 +43,7 @@ class Forms(NamedTuple):
 def forms_of(
     x: jax.Array,
     role: Role,
-    amax: Amax,
+    known: Known,
     recipe: Recipe,
     dims: AxisGroups,
     key: jax.Array | None = None,
@@ -51,7 +53,7 @@ def forms_of(
     Args:
       x: the operand.
       role: its role.
-      amax: f32 [], the amax of the tensor, by role; missing where no scale comes from it.
+      known: amaxes of the tensors, missing where no scale comes from them, or the scales.
       recipe: the recipe.
       dims: dimension numbers of the three GEMMs.
       key: PRNG key, for stochastic rounding.
@@ -60,14 +62,22 @@ def forms_of(
     own, other = dims.groups[role]
     reused = second is not None and second.axes == "forward"
     layouts = (own, other), ((own, other) if reused else (other, own))
-    known = amax.get(role) if isinstance(amax, Mapping) else amax[role]
+    # A kernel is upcast from its codes again in the backward pass, once if XLA sees both.
+    make = functools.partial(_form, x, recipe=recipe, key=key, with_values=role != Role.RHS)
     if _same_form(x, first, layouts[0], second, layouts[1]):
-        form = _form(x, first, layouts[0], known, recipe, key)
+        form = make(first, layouts[0], _known(known, role, 0))
         return Forms(form, form)
     return Forms(
-        _form(x, first, layouts[0], known, recipe, key),
-        _form(x, second, layouts[1], known, recipe, key),
+        make(first, layouts[0], _known(known, role, 0)),
+        make(second, layouts[1], _known(known, role, 1)),
     )
+
+
+def _known(known: Known, role: Role, which: int) -> dict[str, jax.Array | None]:
+    """What a quantizer takes: the amax of a tensor, or the scale of one of its forms."""
+    if isinstance(known, Mapping):
+        return {"tensor_amax": known.get(role)}
+    return {"scale": lax.reshape(lax.slice(known, (role, which), (role + 1, which + 1)), ())}
 
 
 Layout = tuple[Sequence[int], Sequence[int]]
@@ -81,15 +91,17 @@ def _same_form(x, first: Quantizer | None, a: Layout, second: Quantizer | None, 
     return not first.hadamard and first.tile(x.shape, *a) == second.tile(x.shape, *b)
 
 
-def _form(x, quantizer: Quantizer | None, layout: Layout, amax, recipe: Recipe, key) -> Operand:
+def _form(
+    x, quantizer: Quantizer | None, layout: Layout, known, *, recipe: Recipe, key, with_values: bool
+) -> Operand:
     if quantizer is None:
         return x
     contracted, free = layout
     rotated = quantizer.rotate(x, contracted)
     if rotated is not x and quantizer.needs_tensor_amax:
-        amax = current_amax({Role.LHS: rotated}, recipe)[Role.LHS]
+        known = {"tensor_amax": current_amax({Role.LHS: rotated}, recipe)[Role.LHS]}
     tile = quantizer.tile(rotated.shape, contracted, free)
-    return quantizer(rotated, tile, tensor_amax=amax, key=key)
+    return quantizer(rotated, tile, **known, key=key, with_values=with_values)
 
 
 def current_amax(
@@ -136,9 +148,10 @@ def keep(x: Operand, name: str) -> Operand:
       x: the operand; its codes are kept as bytes.
       name: name for `jax.checkpoint_policies.save_only_these_names`.
     """
+    x = as_bytes(x)
     if not isinstance(x, ScaledArray):
         return checkpoint_name(x, name)
-    x = _map_data(lambda data: checkpoint_name(data, name), as_bytes(x))
+    x = _map_data(lambda data: checkpoint_name(data, name), x)
     return x if x.per_tensor else dataclasses.replace(x, scale=checkpoint_name(x.scale, name))
 
 
@@ -146,9 +159,10 @@ def gathered(x: Operand, how: Gather | None) -> Operand:
     """The whole operand from a shard of it; codes travel as bytes."""
     if how is None:
         return x
+    x = as_bytes(x)
     if not isinstance(x, ScaledArray):
         return all_gather(x, how)
-    whole = _map_data(lambda data: all_gather(data, how), as_bytes(x))
+    whole = _map_data(lambda data: all_gather(data, how), x)
     if not x.per_tensor and x.scale.shape[how.axis] > 1:
         whole = dataclasses.replace(whole, scale=all_gather(x.scale, how))
     return as_codes(whole)
@@ -174,10 +188,12 @@ def can_gather_codes(recipe: Recipe, dims: Dimensions, shape: tuple[int, ...], h
     return True
 
 
-def as_bytes(x: ScaledArray) -> ScaledArray:
-    """The same with f8 codes seen as uint8; other codes are integers already."""
-    if jnp.issubdtype(x.data.dtype, jnp.integer):
+def as_bytes(x: Operand) -> Operand:
+    """Codes alone, f8 ones seen as uint8; a high-precision operand is returned as it is."""
+    if not isinstance(x, ScaledArray):
         return x
+    if jnp.issubdtype(x.data.dtype, jnp.integer):
+        return x.with_data(x.data)
     return _map_data(lambda data: lax.bitcast_convert_type(data, jnp.uint8), x)
 
 
@@ -215,4 +231,4 @@ def _row(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array:
 
 
 def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:
-    return dataclasses.replace(x, data=f(x.data))
+    return x.with_data(f(x.data))

@@ -62,6 +62,7 @@ def product(
             precision=lax.Precision.HIGHEST if backward else lax.Precision.DEFAULT,
             out_sharding=out_sharding,
             backend=backend,
+            values=(left.values, right.values),
         )
         return codes * _output_scale(left, right, dimensions)
     assert gemm is not None
@@ -140,6 +141,7 @@ def _laid_out(x: ScaledArray, contracted, batch, *, before: int = 0, after: int 
 def dequantized_operand(x: ScaledArray, dtype) -> jax.Array:
     """The operand without the scale of the tensor; a function that `count_gemms` knows by name."""
     if x.per_tensor:
-        return decode(x.data, x.format, dtype)
-    values = decode(x.data, x.format) * spread(x.scale, x.shape, x.tile)
+        return backends.upcast_operand(x.data, x.format, dtype, x.values)
+    values = decode(x.data, x.format) if x.values is None else x.values
+    values = values * spread(x.scale, x.shape, x.tile)
     return narrow_to_bf16(values) if dtype == jnp.bfloat16 else values

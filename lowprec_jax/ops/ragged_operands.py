@@ -20,32 +20,33 @@ _LAYOUTS = {
 
 
 def grouped_forms(
-    x: jax.Array, groups: Groups, role: Role, amax, recipe: Recipe, key: jax.Array | None = None
+    x: jax.Array, groups: Groups, role: Role, scales, recipe: Recipe, key: jax.Array | None = None
 ) -> Forms:
     """An operand in the form of each GEMM that uses it; one scale per tensor is one per group.
 
     Blocks of tokens may span groups, and nothing is rotated: a rotation would mix groups.
     """
-    known = amax if amax is None else amax[:, role]
+    scales = (None, None) if scales is None else (scales[:, role, 0], scales[:, role, 1])
     contracted, free = _LAYOUTS[role]
     first, second = recipe.quantizers_of(role)
-    form = _form(x, first, groups, known, contracted, free, key)
+    form = _form(x, first, groups, scales[0], contracted, free, key)
     if first is None or second is None:
-        return Forms(form, _form(x, second, groups, known, free, contracted, key))
+        return Forms(form, _form(x, second, groups, scales[1], free, contracted, key))
     if first == second and (first.per_tensor or first.axes == "forward"):
         return Forms(form, form)
     if second.axes == "own":
         contracted, free = free, contracted
-    return Forms(form, _form(x, second, groups, known, contracted, free, key))
+    return Forms(form, _form(x, second, groups, scales[1], contracted, free, key))
 
 
-def _form(x, quantizer: Quantizer | None, groups: Groups, amax, contracted, free, key) -> Operand:
+def _form(x, quantizer: Quantizer | None, groups: Groups, scale, contracted, free, key) -> Operand:
     if quantizer is None:
         return x
     if not quantizer.per_tensor:
         return quantizer(x, quantizer.tile(x.shape, contracted, free), key=key)
-    known = groups.amax(x) if amax is None and quantizer.needs_tensor_amax else amax
-    scale, _ = quantizer.scales(jnp.ones(groups.count) if known is None else known)
+    if scale is None or not quantizer.needs_tensor_amax:
+        amax = groups.amax(x) if quantizer.needs_tensor_amax else jnp.ones(groups.count)
+        scale, _ = quantizer.scales(amax)
     spread_scale = groups.spread(scale, x.ndim)
     codes = quantize(x, quantizer.format, spread_scale, rounding=quantizer.rounding, key=key)
     return dataclasses.replace(codes, scale=scale)

@@ -13,13 +13,14 @@ has one row per `Role`; leading axes (``stack``) hold the layers of a scanned st
 """
 
 import enum
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowprec_jax.numerics import MIN_AMAX, usable
+from lowprec_jax.numerics import MIN_AMAX, scale_factor, scale_from_history, usable
 from lowprec_jax.recipes.recipe import Recipe, Role
 
 State = dict[str, jax.Array]
@@ -113,9 +114,12 @@ def _advance(state: State, when: jax.Array | None) -> State:
         moved = amax != state["observed"][..., Column.AMAX]
     else:
         history = state["amax_history"]
-        shifted = jnp.concatenate([amax[..., None], history[..., :-1]], axis=-1)
+        kept, oldest = history[..., :-1], history[..., -1]
+        shifted = jnp.concatenate([amax[..., None], kept], axis=-1)
         new["amax_history"] = jnp.where(pushed[..., None], shifted, history)
-        moved = new["amax_history"].max(-1) != history.max(-1)
+        largest_kept = kept.max(-1, initial=0)
+        before = jnp.maximum(largest_kept, oldest)
+        moved = pushed & (jnp.maximum(largest_kept, amax) != before)
     new["age"] = jnp.where(done, jnp.where(moved, 0.0, state["age"] + 1), state["age"])
     if "counter" in state:
         new["counter"] = state["counter"] + (1.0 if when is None else when.astype(jnp.float32))
@@ -125,6 +129,24 @@ def _advance(state: State, when: jax.Array | None) -> State:
 def history_amax(state: State) -> jax.Array:
     """The amax f32[..., 3] that scales are computed from; 0 where nothing was seen yet."""
     return state["amax_history"].max(-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def history_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
+    """The scales f32[..., 3, 2] of each operand in the first and the second GEMM that uses it.
+
+    They are `Recipe.scale` of `history_amax`; 1 without meaning for operands in high precision.
+
+    Args:
+      history: ``amax_history`` of a call site.
+      recipe: its recipe, with delayed scaling.
+    """
+    quantizers = [recipe.quantizers_of(role) for role in Role]
+    factors = [[scale_factor(q.format, q.margin) if q else 1 for q in both] for both in quantizers]
+    powers = [[q is not None and q.scale == "power_of_two" for q in both] for both in quantizers]
+    return scale_from_history(
+        history[..., None, :], np.array(factors, np.float32), np.array(powers)
+    )
 
 
 def is_calibrated(state: State) -> jax.Array:

@@ -17,6 +17,7 @@ from lowprec_jax.numerics import (
     FloatFormat,
     IntegerFormat,
     cast,
+    cast_with_values,
     decode,
     exmy,
 )
@@ -344,3 +345,20 @@ def test_codebook_format__bad_table__raises(values, part):
 def test_exmy__widths_or_range_out_of_reach__raises(widths, part):
     with pytest.raises(ValueError, match=part):
         exmy(*widths)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("fmt", [*SOME, numerics.E4M3FN, numerics.E5M2], ids=str)
+def test_cast_with_values__any_format__are_the_decoded_codes(fmt, rounding):
+    limit = float(np.abs(_magnitudes(fmt)).max())
+    x = np.random.default_rng(0).normal(size=4096) * limit / 2
+    x = np.float32([*x, *x * 2.0**-20, 0.0, -0.0, np.nan, np.inf, -np.inf])
+
+    codes, values = jax.jit(cast_with_values, static_argnums=1, static_argnames="rounding")(
+        jnp.asarray(x), fmt, rounding=rounding, key=jax.random.key(1)
+    )
+
+    if isinstance(fmt, CodebookFormat):
+        assert values is None
+    else:
+        np.testing.assert_array_equal(values, DECODE(codes, fmt, jnp.float32))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowprec_jax import numerics
-from lowprec_jax.numerics import FloatFormat, cast
+from lowprec_jax.numerics import FloatFormat, cast, cast_with_values
 
 FORMATS = [
     f for f in numerics.formats() if isinstance(f, FloatFormat) and f.dtype == f.native_dtype
@@ -37,6 +37,16 @@ def test_cast__every_16_bit_value_and_every_tie__equals_ml_dtypes(fmt, dtype, mo
 
     oracle = oracles.saturating_cast if fmt.element else oracles.plain_cast
     oracles.assert_same_bits(codes, oracle(x, fmt.dtype))
+
+
+@pytest.mark.parametrize("fmt", NARROW, ids=str)
+def test_cast_with_values__every_16_bit_value_and_every_tie__are_those_of_ml_dtypes(fmt):
+    x = oracles.cast_inputs(fmt.dtype, np.float32)
+
+    codes, values = jax.jit(cast_with_values, static_argnums=1)(jnp.asarray(x), fmt)
+
+    oracles.assert_same_bits(codes, oracles.saturating_cast(x, fmt.dtype))
+    np.testing.assert_array_equal(values, oracles.saturating_cast(x, fmt.dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("fmt", NARROW, ids=str)

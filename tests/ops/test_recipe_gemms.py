@@ -5,6 +5,7 @@ quantizes them with `ml_dtypes` and plain NumPy, and multiplies in f64.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -14,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lowprec_jax import ops
+from lowprec_jax import ops, state
 from lowprec_jax.numerics import E4M3FN as E4M3_FORMAT
+from lowprec_jax.numerics import E5M2 as E5M2_FORMAT
 from lowprec_jax.numerics import Quantizer, get_format
 from lowprec_jax.recipes import Gemm, Recipe, get_recipe, init_state
 
@@ -262,8 +264,8 @@ def test_dot_general__stochastic_recipe__needs_a_counter_and_moves_with_it():
 
     @jax.jit
     def drawn(counter, seed):
-        state = {**init_state(recipe), "counter": counter, "seed": seed}
-        out, vjp = jax.vjp(lambda x: ops.dot_general(x, w, DIMS, recipe=recipe, state=state), x)
+        site = {**init_state(recipe), "counter": counter, "seed": seed}
+        out, vjp = jax.vjp(lambda x: ops.dot_general(x, w, DIMS, recipe=recipe, state=site), x)
         return out, *vjp(jnp.asarray(g))
 
     draws = [(0, 0), (0, 0), (1, 0), (0, 1)]
@@ -283,8 +285,8 @@ def test_dot_general__stochastic_gradients__have_the_mean_of_the_exact_ones():
 
     @jax.jit
     def gradient(counter):
-        state = {**init_state(recipe), "counter": counter}
-        _, vjp = jax.vjp(lambda x: ops.dot_general(x, w, DIMS, recipe=recipe, state=state), x)
+        site = {**init_state(recipe), "counter": counter}
+        _, vjp = jax.vjp(lambda x: ops.dot_general(x, w, DIMS, recipe=recipe, state=site), x)
         return vjp(jnp.asarray(g))[0]
 
     draws = np.stack([np.float64(gradient(jnp.float32(i))) for i in range(64)])
@@ -301,6 +303,41 @@ def test_dot_general__one_scale_and_blocks__leaves_the_scale_of_the_tensor_exact
     out, _, _ = run(Recipe(name="mixed", fwd=Gemm(tensor, block)), x, w, g)
     x_q, w_q = E4M3_FLOAT(x, TENSOR["x_fwd"]), by(E4M3, rceil(448))(w, (32, 1, 1))
     assert_close(out, np.einsum("btk,khn->bthn", x_q, w_q))
+
+
+def test_dot_general__delayed_with_other_formats_in_each_gemm__scales_each_for_its_own():
+    recipe = Recipe(
+        name="mixed",
+        fwd=Gemm(E4M3_FORMAT, Quantizer(E4M3_FORMAT, scale="one")),
+        dgrad=Gemm(E5M2_FORMAT, Quantizer(E4M3_FORMAT, margin=1)),
+        wgrad=Gemm(E5M2_FORMAT, Quantizer(E4M3_FORMAT, scale="power_of_two")),
+        scaling="delayed",
+    )
+    x, w, g = data()
+    amax = [np.abs(a).max() for a in (x, w, g)]
+    site = init_state(recipe)
+    site["amax_history"] = site["amax_history"].at[:, 2].set(jnp.asarray(amax))
+
+    @jax.jit
+    def all_three(x, w, g):
+        live = state.make_sinks(site)
+        product = functools.partial(ops.dot_general, recipe=recipe, state=live)
+        out, vjp = jax.vjp(lambda x, w: product(x, w, DIMS), x, w)
+        return out, *vjp(g)
+
+    out, dx, dw = all_three(x, w, g)
+
+    def whole(a, cast, scale_of):
+        return tiled(a, (FULL,) * a.ndim, cast, scale_of)
+
+    w_fwd = whole(w, E4M3, lambda _: 1)
+    w_dgrad = whole(w, E4M3, lambda amax: 2 * float_scale(448)(amax))
+    g_wgrad = whole(g, E4M3, lambda amax: power_of_two_up(float_scale(448)(amax)))
+    x_fwd, x_wgrad = whole(x, E4M3, float_scale(448)), whole(x, E5M2, float_scale(57344))
+    g_dgrad = whole(g, E5M2, float_scale(57344))
+    assert_close(out, np.einsum("btk,khn->bthn", x_fwd, w_fwd))
+    assert_close(dx, np.einsum("bthn,khn->btk", g_dgrad, w_dgrad))
+    assert_close(dw, np.einsum("btk,bthn->khn", x_wgrad, g_wgrad))
 
 
 def test_dot_general__zero_size_operands__give_empty_or_zero_results():

@@ -25,37 +25,37 @@ from .structure import (
 EXPECTED = {
     "fp8_current": Structure(
         compiled=Compiled(dots=3, passes=10, reduces=3, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=6, reduces=3, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=3, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=3, moves=1),
     ),
     "fp8_delayed": Structure(
         compiled=Compiled(dots=3, passes=10, reduces=3, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=6, reduces=3, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=3, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=3, moves=1),
     ),
     "fp8_delayed_hp_forward": Structure(
         compiled=Compiled(dots=3, passes=8, reduces=3, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=2, other=1, f32=1, encodes=3, decodes=4, reduces=3, moves=1),
+        cpu=Lowered(native=0, upcast=2, other=1, f32=1, encodes=3, decodes=2, reduces=3, moves=1),
         cuda=Lowered(native=2, upcast=0, other=1, f32=1, encodes=3, decodes=0, reduces=3, moves=1),
     ),
     "fp8_rowwise": Structure(
         compiled=Compiled(dots=3, passes=18, reduces=6, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=6, decodes=6, reduces=6, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=6, decodes=3, reduces=6, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=6, decodes=0, reduces=6, moves=1),
     ),
     "fp8_rowwise_hp_wgrad": Structure(
         compiled=Compiled(dots=3, passes=11, reduces=4, moves=0, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=2, other=1, f32=1, encodes=4, decodes=4, reduces=4, moves=1),
+        cpu=Lowered(native=0, upcast=2, other=1, f32=1, encodes=4, decodes=2, reduces=4, moves=1),
         cuda=Lowered(native=2, upcast=0, other=1, f32=1, encodes=4, decodes=0, reduces=4, moves=1),
     ),
     "fp8_block": Structure(
         compiled=Compiled(dots=3, passes=13, reduces=5, moves=4, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=2, encodes=5, decodes=6, reduces=5, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=2, encodes=5, decodes=3, reduces=5, moves=1),
         cuda=Lowered(native=6, upcast=0, other=0, f32=0, encodes=5, decodes=0, reduces=5, moves=6),
     ),
     "fp8_static": Structure(
         compiled=Compiled(dots=3, passes=4, reduces=0, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=6, reduces=0, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=0, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=0, moves=1),
     ),
     "none": Structure(
@@ -65,7 +65,7 @@ EXPECTED = {
     ),
     "int8": Structure(
         compiled=Compiled(dots=3, passes=18, reduces=6, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=6, decodes=6, reduces=6, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=6, decodes=3, reduces=6, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=6, decodes=0, reduces=6, moves=1),
     ),
     "int4_weights": Structure(
@@ -80,22 +80,22 @@ EXPECTED = {
     ),
     "mxfp8": Structure(
         compiled=Compiled(dots=3, passes=12, reduces=6, moves=4, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=6, decodes=6, reduces=6, moves=1),
-        cuda=Lowered(native=0, upcast=3, other=0, f32=0, encodes=6, decodes=6, reduces=6, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=6, moves=1),
+        cuda=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=6, moves=1),
     ),
     "mxfp4": Structure(
         compiled=Compiled(dots=5, passes=21, reduces=10, moves=12, loops=4, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=2, f32=2, encodes=6, decodes=6, reduces=10, moves=3),
-        cuda=Lowered(native=0, upcast=3, other=2, f32=2, encodes=6, decodes=6, reduces=10, moves=3),
+        cpu=Lowered(native=0, upcast=3, other=2, f32=2, encodes=3, decodes=3, reduces=10, moves=3),
+        cuda=Lowered(native=0, upcast=3, other=2, f32=2, encodes=3, decodes=3, reduces=10, moves=3),
     ),
     "nvfp4": Structure(
         compiled=Compiled(dots=5, passes=26, reduces=13, moves=15, loops=4, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=2, f32=2, encodes=5, decodes=6, reduces=14, moves=3),
-        cuda=Lowered(native=0, upcast=3, other=2, f32=2, encodes=5, decodes=6, reduces=14, moves=3),
+        cpu=Lowered(native=0, upcast=3, other=2, f32=2, encodes=2, decodes=3, reduces=14, moves=3),
+        cuda=Lowered(native=0, upcast=3, other=2, f32=2, encodes=2, decodes=3, reduces=14, moves=3),
     ),
     "fp8_delayed, large": Structure(
         compiled=Compiled(dots=3, passes=13, reduces=3, moves=0, loops=1, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=6, reduces=3, moves=0),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=3, moves=0),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=3, moves=1),
     ),
 }

@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowprec_jax.numerics import MIN_AMAX, scale_from_amax
+from lowprec_jax.numerics import E4M3FN, E5M2, MIN_AMAX, Quantizer
 from lowprec_jax.recipes import (
     FP8_CURRENT,
     FP8_DELAYED,
     NONE,
     Column,
+    Gemm,
+    Recipe,
     Role,
     advance_state,
     history_amax,
+    history_scales,
     init_state,
     is_calibrated,
     merge_observations,
@@ -53,26 +56,21 @@ def _observation(amax):
     return jnp.zeros((3, 5)).at[:, Column.AMAX].set(amax).at[:, Column.SIZE].set(1)
 
 
-def _scales(recipe, state):
-    amax = history_amax(state)
-    return jnp.stack(
-        [scale_from_amax(amax[r], recipe.format_of(r), margin=recipe.margin) for r in Role]
-    )
-
-
 @functools.cache
 def _compiled(recipe):
     def step(state, amax):
         state = state | {"pending": merge_observations(state["pending"], _observation(amax))}
         state = advance_state(state)
-        return state, (state, _scales(recipe, state))
+        return state, (state, history_scales(state["amax_history"], recipe))
 
     return jax.jit(lambda script: jax.lax.scan(step, init_state(recipe), script)[1])
 
 
 def _run(recipe, script):
     """States and scales after every step, the observation merged into pending as ops do."""
-    return _compiled(recipe)(jnp.asarray(script))
+    states, scales = _compiled(recipe)(jnp.asarray(script))
+    _assert_same_bits(scales[..., 0], scales[..., 1])  # both GEMMs multiply the same codes
+    return states, scales[..., 0]
 
 
 def _expected(recipe, script):
@@ -223,6 +221,39 @@ def test_merge_observations__nan_in_one__stays_nan_in_any_order():
     for merged in (merge_observations(a, b), merge_observations(b, a)):
         assert jnp.isnan(merged[:, Column.AMAX]).all()
         np.testing.assert_array_equal(merged[:, Column.SIZE], 2)
+
+
+@pytest.mark.parametrize("rounding", ["none", "power_of_two"])
+def test_history_scales__formats_of_their_own__are_those_of_the_amax(rounding):
+    recipe = Recipe(
+        name="mixed",
+        fwd=Gemm(E4M3FN, Quantizer(E5M2, margin=2)),
+        dgrad=Gemm(E5M2, E4M3FN),
+        wgrad=Gemm(Quantizer(E4M3FN, scale="power_of_two"), E4M3FN),
+        scaling="delayed",
+        scale_rounding=rounding,
+    )
+    rng = np.random.default_rng(0)
+    history = np.float32(2.0) ** rng.uniform(-130, 127, (50, 3, 4)).astype(np.float32)
+    history[rng.random(history.shape) < 0.3] = 0
+    history[7] = 0
+    history[8, :, 1] = INF  # no amax that advances: it is passed over
+
+    scales = history_scales(jnp.asarray(history), recipe)
+
+    usable = (history >= np.finfo(np.float32).tiny) & (history < INF)
+    largest = np.where(usable, history, 0).max(-1)
+    for role in Role:
+        for place, quantizer in enumerate(recipe.quantizers_of(role)):
+            limit = np.float32(1) / np.float32(quantizer.format.max)
+            scale = np.clip(largest[:, role] * (limit * 2.0**quantizer.margin), 2.0**-126, 2.0**126)
+            if quantizer.scale == "power_of_two":
+                scale = np.float32(2) ** np.ceil(np.log2(scale.astype(np.float64)))
+            expected = np.where(largest[:, role] > 0, scale, 1)
+            _assert_same_bits(scales[:, role, place], expected)
+            if place == 0:
+                amax = history_amax({"amax_history": np.where(usable, history, 0)})[:, role]
+                _assert_same_bits(recipe.scale(role, amax), expected)
 
 
 @pytest.mark.parametrize(("smallest", "expected"), [(0.0, False), (MIN_AMAX, True), (1.0, True)])
