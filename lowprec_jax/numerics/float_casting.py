@@ -51,11 +51,10 @@ def round_to_float(
     else:
         code = code & np.uint32(fmt.sign_bit - 1)
         code = lax.select(code == np.uint32(0), code, code | sign)
-    code = lax.convert_element_type(code, f"uint{8 * fmt.dtype.itemsize}")
-    # Last, since XLA:CPU computes again, in each kernel that reads it, what ends in a conversion.
     is_nan = magnitude != magnitude
     nan = _filled(code, fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
     code = lax.select(is_nan, nan, code)
+    code = lax.convert_element_type(code, f"uint{8 * fmt.dtype.itemsize}")
     if fmt.nan_code is None:
         value = lax.select(is_nan, _as_float(_filled(bits, 0)), value)
     return lax.bitcast_convert_type(code, fmt.dtype), value
