@@ -11,7 +11,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lowprec_jax import ops, state
-from lowprec_jax.recipes import FP8_CURRENT, FP8_DELAYED, Column, Role, get_recipe, init_state
+from lowprec_jax.numerics import E4M3FN, E5M2, Quantizer
+from lowprec_jax.recipes import (
+    FP8_CURRENT,
+    FP8_DELAYED,
+    Column,
+    Gemm,
+    Role,
+    get_recipe,
+    init_state,
+)
 
 from . import oracles
 
@@ -104,7 +113,21 @@ def _same(actual, expected):
 @every_size
 @pytest.mark.parametrize("scaling", ["delayed", "current"])
 def test_ragged_dot__each_group__is_the_dense_op_bit_for_bit(sizes, scaling):
-    recipe = dataclasses.replace(EXACT, scaling=scaling, observe=True)
+    _assert_groups_are_dense(dataclasses.replace(EXACT, scaling=scaling, observe=True), sizes)
+
+
+def test_ragged_dot__delayed_with_other_formats_in_each_gemm__is_the_dense_op_bit_for_bit():
+    """Whose scales `test_recipe_gemms` compares with NumPy."""
+    recipe = dataclasses.replace(
+        EXACT,
+        fwd=Gemm(E4M3FN, Quantizer(E4M3FN, scale="one")),
+        dgrad=Gemm(E5M2, Quantizer(E4M3FN, margin=1)),
+        wgrad=Gemm(Quantizer(E5M2, margin=2), E4M3FN),
+    )
+    _assert_groups_are_dense(recipe, SIZES["empty_in_the_middle"])
+
+
+def _assert_groups_are_dense(recipe, sizes):
     lhs, rhs, grad = _grid()
     site = _site(recipe)
     (out, (dlhs, drhs)), after = _step(recipe)((lhs, rhs), site, jnp.int32(sizes), grad)
