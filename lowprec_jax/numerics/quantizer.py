@@ -199,7 +199,7 @@ class Quantizer:
         if self.needs_tensor_amax and tensor_amax is None and scale is None:
             tensor_amax = compute_amax(x)
         if self.per_tensor:
-            if scale is None or not self.needs_tensor_amax:
+            if scale is None:
                 scale, _ = self.scales(jnp.float32(1) if tensor_amax is None else tensor_amax)
             codes, values = cast_with_values(
                 x.astype(jnp.float32) * reciprocal(scale),

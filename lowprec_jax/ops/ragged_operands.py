@@ -44,7 +44,7 @@ def _form(x, quantizer: Quantizer | None, groups: Groups, scale, contracted, fre
         return x
     if not quantizer.per_tensor:
         return quantizer(x, quantizer.tile(x.shape, contracted, free), key=key)
-    if scale is None or not quantizer.needs_tensor_amax:
+    if scale is None:
         amax = groups.amax(x) if quantizer.needs_tensor_amax else jnp.ones(groups.count)
         scale, _ = quantizer.scales(amax)
     spread_scale = groups.spread(scale, x.ndim)

@@ -135,7 +135,8 @@ def history_amax(state: State) -> jax.Array:
 def history_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
     """The scales f32[..., 3, 2] of each operand in the first and the second GEMM that uses it.
 
-    They are `Recipe.scale` of `history_amax`; 1 without meaning for operands in high precision.
+    They are `Recipe.scale` of `history_amax`; 1 where a quantizer takes no scale from an amax, and
+    in high precision.
 
     Args:
       history: ``amax_history`` of a call site.
@@ -144,9 +145,11 @@ def history_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
     quantizers = [recipe.quantizers_of(role) for role in Role]
     factors = [[scale_factor(q.format, q.margin) if q else 1 for q in both] for both in quantizers]
     powers = [[q is not None and q.scale == "power_of_two" for q in both] for both in quantizers]
-    return scale_from_history(
+    scales = scale_from_history(
         history[..., None, :], np.array(factors, np.float32), np.array(powers)
     )
+    measured = np.array([[bool(q and q.needs_tensor_amax) for q in both] for both in quantizers])
+    return scales if measured.all() else jnp.where(measured, scales, 1.0)
 
 
 def is_calibrated(state: State) -> jax.Array:

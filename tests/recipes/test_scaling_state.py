@@ -256,6 +256,14 @@ def test_history_scales__formats_of_their_own__are_those_of_the_amax(rounding):
                 _assert_same_bits(recipe.scale(role, amax), expected)
 
 
+def test_history_scales__scale_rule_one_and_high_precision__are_one():
+    one = Quantizer(E4M3FN, scale="one")
+    recipe = Recipe(name="mixed", fwd=Gemm(one, E4M3FN), dgrad=Gemm(E5M2, one), scaling="delayed")
+    scales = history_scales(jnp.full((3, 4), 896.0), recipe)
+    e4m3fn, e5m2 = (np.float32(896) * (np.float32(1) / np.float32(limit)) for limit in (448, 57344))
+    np.testing.assert_array_equal(scales, [[1, 1], [e4m3fn, 1], [e5m2, 1]])
+
+
 @pytest.mark.parametrize(("smallest", "expected"), [(0.0, False), (MIN_AMAX, True), (1.0, True)])
 def test_is_calibrated__smallest_amax_of_a_site__decides(smallest, expected):
     state = init_state(_recipe(3), (2,))
