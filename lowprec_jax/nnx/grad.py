@@ -13,6 +13,7 @@ from flax import nnx
 
 from lowprec_jax import compat
 from lowprec_jax.errors import UserError
+from lowprec_jax.nnx.kernels import quantize_kernels
 from lowprec_jax.nnx.sites import Observer, iter_sites
 from lowprec_jax.recipes import advance_state
 from lowprec_jax.state import Health, add_observations
@@ -25,7 +26,12 @@ ArrayLike = jax.Array | np.ndarray
 
 
 def value_and_grad(
-    f: Callable, *, argnums: ArgNums = 0, has_aux: bool = False, advance: bool = True
+    f: Callable,
+    *,
+    argnums: ArgNums = 0,
+    has_aux: bool = False,
+    advance: bool = True,
+    quantize_once: bool = False,
 ) -> Callable:
     """`nnx.value_and_grad` that also lets quantized layers observe and advances their scales.
 
@@ -41,11 +47,18 @@ def value_and_grad(
       has_aux: as there.
       advance: complete an optimizer step with each call. With `optax.MultiSteps`, or where several
         calls make one step, pass False and call `advance(model, when=...)` once per step.
+      quantize_once: quantize the kernels of `nnx.Linear` and `nnx.LinearGeneral` layers that keep
+        scaling state once, in front of `f`, for all micro-batches and under remat. For models whose
+        kernels reach the matmul as they are stored, in the layer's ``dtype``: a wrapper that
+        changes a kernel on its way, such as a weight norm, would go unseen. Not with current
+        scaling of whole tensors, where each call reduces the amaxes of both operands at once.
 
     Returns:
       As `nnx.value_and_grad`. Scaling state of the models is updated in place.
     """
-    return accumulate(f, 1, argnums=argnums, has_aux=has_aux, advance=advance)
+    return accumulate(
+        f, 1, argnums=argnums, has_aux=has_aux, advance=advance, quantize_once=quantize_once
+    )
 
 
 def accumulate(
@@ -55,6 +68,7 @@ def accumulate(
     argnums: ArgNums = 0,
     has_aux: bool = False,
     advance: bool = True,
+    quantize_once: bool = False,
 ) -> Callable:
     """`value_and_grad` over micro-batches: values and gradients are summed, amaxes maximised.
 
@@ -66,6 +80,7 @@ def accumulate(
       argnums: see `value_and_grad`.
       has_aux: see `value_and_grad`; with more than one micro-batch, aux has a leading axis.
       advance: see `value_and_grad`.
+      quantize_once: see `value_and_grad`.
 
     Returns:
       As `value_and_grad`.
@@ -74,7 +89,7 @@ def accumulate(
     @functools.wraps(f)
     def wrapped(*args, **kwargs):
         args = _positional(f, args, kwargs)
-        observers = _observers(args, calibrating=False)
+        observers = _observers(args, calibrating=False, quantize_once=quantize_once)
 
         grad = nnx.value_and_grad(_observed(f, observers), argnums=argnums, has_aux=has_aux)
         with explaining_refs():
@@ -188,12 +203,21 @@ def _positional(f: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Seq
     return bound.args
 
 
-def _observers(args: Sequence[Any], *, calibrating: bool) -> list[Observer]:
+def _observers(
+    args: Sequence[Any], *, calibrating: bool, quantize_once: bool = False
+) -> list[Observer]:
+    kernels = quantize_kernels(args) if quantize_once else {}
+
     def make_ref(zeros):
         return jax.new_ref(compat.to_varying(zeros, compat.manual_axes()))
 
     return [
-        Observer.of(path, make_ref(site.new_observations()), calibrating=calibrating)
+        Observer.of(
+            path,
+            make_ref(site.new_observations()),
+            calibrating=calibrating,
+            kernel=kernels.get(path),
+        )
         for path, site in iter_sites(*args)
     ]
 

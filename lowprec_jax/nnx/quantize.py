@@ -24,8 +24,12 @@ _KINDS: dict[type, tuple[str, Callable, Callable[[Any], int]]] = {
 }
 
 
-def layers(model: nnx.Module) -> Iterator[tuple[str, Layer]]:
-    """``(path, layer)`` of every layer that `quantize` can reach, components joined by ``/``."""
+def layers(model: Any) -> Iterator[tuple[str, Layer]]:
+    """``(path, layer)`` of every layer that `quantize` can reach, components joined by ``/``.
+
+    Args:
+      model: a module, or anything that may hold some.
+    """
     for path, value in nnx.iter_graph(model):
         if _kind(value):
             yield "/".join(map(str, path)), value

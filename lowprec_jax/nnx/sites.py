@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowprec_jax import ops
+from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.recipes import Column, Recipe, Role, get_recipe, init_state
 
 
@@ -25,6 +26,10 @@ class SiteIndex(nnx.Variable):
     """Which layer of a stack this is, int32 []; exists during an observed call only."""
 
 
+class QuantizedKernel(nnx.Variable):
+    """A kernel quantized once for all calls of a step; exists during an observed call only."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observer:
     """Where a call site writes during one observed call.
@@ -36,16 +41,20 @@ class Observer:
       ref: f32[3, 5], of a stack f32[layers, 3, 5]; or a `lowprec_jax.ops.Probe` of that shape.
       calibrating: compute in high precision and only observe.
       seed: what tells call sites apart in random keys.
+      kernel: the kernel, from `lowprec_jax.ops.quantize_rhs`, for all calls; None: each quantizes.
     """
 
     ref: Any
     calibrating: bool
     seed: int
+    kernel: ScaledArray | None = None
 
     @classmethod
-    def of(cls, path: str, ref: Any, *, calibrating: bool) -> Self:
+    def of(
+        cls, path: str, ref: Any, *, calibrating: bool, kernel: ScaledArray | None = None
+    ) -> Self:
         """The observer of the call site at `path`."""
-        return cls(ref, calibrating, zlib.crc32(path.encode()))
+        return cls(ref, calibrating, zlib.crc32(path.encode()), kernel)
 
     def sink(self, index: jax.Array | None) -> Any:
         """The sink of one layer of the stack; None: there is no stack."""
@@ -70,6 +79,7 @@ class Site(nnx.Module):
         self.scaling = nnx.Dict({name: Scaling(value) for name, value in state.items()})
         self.observer: Observer | None = nnx.static(None)
         self.index: SiteIndex | None = nnx.data(None)
+        self.kernel: QuantizedKernel | None = nnx.data(None)
 
     def get_scaling(self) -> dict[str, jax.Array]:
         """The scaling state; empty for a recipe without state."""
@@ -100,6 +110,8 @@ class Site(nnx.Module):
     def start_observing(self, observer: Observer) -> None:
         """Connects the site to an observer; layers of a stack get their index."""
         self.observer = nnx.static(observer)
+        if observer.kernel is not None:
+            self.kernel = nnx.data(QuantizedKernel(observer.kernel))
         stack = self.stack
         if stack:
             index = jnp.arange(math.prod(stack), dtype=jnp.int32).reshape(stack)
@@ -109,6 +121,7 @@ class Site(nnx.Module):
         """Disconnects the site."""
         self.observer = nnx.static(None)
         self.index = nnx.data(None)
+        self.kernel = nnx.data(None)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -151,6 +164,7 @@ class DotGeneral(Site):
             recipe=self.recipe,
             state=self.state,
             rhs_gather=self.gather,
+            rhs_quantized=None if self.kernel is None else self.kernel.get_value(),
             out_sharding=out_sharding,
         )
 

@@ -10,8 +10,6 @@ from lowprec_jax.numerics.uniform import uniform
 
 _F32_MANTISSA = 23
 _F32_BIAS = 127
-_SIGN = 0x80000000
-_MAGNITUDE = 0x7FFFFFFF
 _EXPONENT = 0x7F800000
 _QUIET_NAN = 0x7FC00000
 
@@ -27,55 +25,60 @@ def round_to_float(
     number plus the first code of the binade, which is added along with the 2**23. A carry into the
     next binade is the next code, as wanted. Subtracted again, the rounded magnitude is left.
 
-    NaN becomes ``fmt.nan_code``; where there is none, the code of -0, as in `ml_dtypes`.
+    NaN becomes ``fmt.nan_code``, with its sign where that has one; where there is none, the code of
+    -0: as in `ml_dtypes`.
 
     Args:
       x: f32 array.
       fmt: the format.
       key: PRNG key, which rounds stochastically; None: to nearest.
     """
-    bits = _as_bits(x)
-    magnitude = _as_float(bits & np.uint32(_MAGNITUDE))
+    magnitude = lax.abs(x)
     clipped = lax.min(magnitude, np.float32(fmt.max))
     min_exponent = _F32_BIAS + 1 - fmt.bias  # biased f32 exponent of fmt.min_normal
-    binade = lax.max(
-        _as_bits(clipped) & np.uint32(_EXPONENT), np.uint32(min_exponent << _F32_MANTISSA)
-    )
+    exponent = lax.bitwise_and(_as_bits(clipped), np.uint32(_EXPONENT))
+    binade = lax.max(exponent, np.uint32(min_exponent << _F32_MANTISSA))
     rounded, code = (
         _nearest(clipped, binade, fmt) if key is None else _stochastic(clipped, binade, fmt, key)
     )
-    value = _as_float(_as_bits(rounded) | (bits & np.uint32(_SIGN)))
-    sign = (bits >> np.uint32(32 - fmt.bits)) & np.uint32(fmt.sign_bit)
+    value = lax.mul(rounded, lax.sign(x))  # which keeps -0 and NaN
+    sign = lax.shift_right_logical(_as_bits(x), np.uint32(32 - fmt.bits))
+    sign = lax.bitwise_and(sign, np.uint32(fmt.sign_bit))
     if fmt.has_negative_zero:
-        code = code | sign
+        code = lax.bitwise_or(code, sign)
     else:
         code = code & np.uint32(fmt.sign_bit - 1)
         code = lax.select(code == np.uint32(0), code, code | sign)
-    is_nan = magnitude != magnitude
-    nan = _filled(code, fmt.sign_bit if fmt.nan_code is None else fmt.nan_code)
-    code = lax.select(is_nan, nan, code)
+    if not fmt.nonfinite:  # NaN is the code of -0, or there is none
+        is_nan = lax.ne(magnitude, magnitude)
+        code = lax.select(is_nan, _filled(code, fmt.sign_bit), code)
+        if fmt.nan_code is None:
+            value = lax.select(is_nan, _as_float(_filled(_as_bits(value), 0)), value)
     code = lax.convert_element_type(code, f"uint{8 * fmt.dtype.itemsize}")
-    if fmt.nan_code is None:
-        value = lax.select(is_nan, _as_float(_filled(bits, 0)), value)
     return lax.bitcast_convert_type(code, fmt.dtype), value
 
 
 def _first_code(binade: jax.Array, fmt: FloatFormat, added: int = 0) -> jax.Array:
     """The code of a binade less its steps, u32, plus a number."""
-    exponent = binade >> np.uint32(_F32_MANTISSA - fmt.mantissa_bits)
+    exponent = lax.shift_right_logical(binade, np.uint32(_F32_MANTISSA - fmt.mantissa_bits))
     smallest = (_F32_BIAS + 1 - fmt.bias) << fmt.mantissa_bits
-    return exponent + np.uint32((added - smallest) % 2**32)
+    return lax.add(exponent, np.uint32((added - smallest) % 2**32))
 
 
 def _nearest(
     magnitude: jax.Array, binade: jax.Array, fmt: FloatFormat
 ) -> tuple[jax.Array, jax.Array]:
-    """The rounded magnitude, and its code in the low bits of u32."""
+    """The rounded magnitude, and its code in the low bits of u32; NaN has one where that exists."""
     steps = (_F32_MANTISSA - fmt.mantissa_bits) << _F32_MANTISSA  # 2**23 of them, times the binade
     if fmt.mantissa_bits:
-        magic = binade + _first_code(binade, fmt, steps)
-        total = magnitude + _as_float(magic)
-        return total - _as_float(magic), _as_bits(total)
+        magic = _as_float(lax.add(binade, _first_code(binade, fmt, steps)))
+        total = lax.add(magnitude, magic)
+        code = _as_bits(total)
+        if fmt.nan_code is not None and fmt.nonfinite:
+            # NaN lies above all sums, as its code lies above all codes.
+            exponent = _F32_BIAS + fmt.max_exponent + _F32_MANTISSA - fmt.mantissa_bits
+            code = lax.min(code, np.uint32((exponent << _F32_MANTISSA) + fmt.nan_code))
+        return lax.sub(total, magic), code
     # First codes are odd in every second binade: added before, they would turn ties around.
     magic = binade + np.uint32(steps)
     total = magnitude + _as_float(magic)
@@ -94,6 +97,8 @@ def _stochastic(
     whole = whole + (uniform(key, magnitude.shape) < steps - whole).astype(jnp.float32)
     # By way of int32, for which CPUs have an instruction.
     code = whole.astype(jnp.int32).astype(jnp.uint32) + _first_code(binade, fmt)
+    if fmt.nan_code is not None and fmt.nonfinite:
+        code = lax.select(magnitude != magnitude, _filled(code, fmt.nan_code), code)
     return whole * _as_float(step), code
 
 
@@ -129,8 +134,8 @@ def narrow_to_bf16(x: jax.Array) -> jax.Array:
 
     XLA:CPU takes about four times as long to convert, since that rounds.
     """
-    upper = lax.convert_element_type(_as_bits(x) >> np.uint32(16), jnp.uint16)
-    return lax.bitcast_convert_type(upper, jnp.bfloat16)
+    upper = lax.shift_right_logical(_as_bits(x), np.uint32(16))
+    return lax.bitcast_convert_type(lax.convert_element_type(upper, jnp.uint16), jnp.bfloat16)
 
 
 def _filled(like: jax.Array, value: int) -> jax.Array:

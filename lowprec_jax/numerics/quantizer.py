@@ -179,6 +179,7 @@ class Quantizer:
         *,
         tensor_amax: jax.Array | None = None,
         scale: jax.Array | None = None,
+        factor: jax.Array | None = None,
         key: jax.Array | None = None,
         with_values: bool = False,
     ) -> ScaledArray:
@@ -190,6 +191,7 @@ class Quantizer:
           tensor_amax: amax of the tensor, f32 []; None: that of `x`. Given where devices hold parts
             of the tensor.
           scale: scale of the tensor, f32 [], where it is known (delayed scaling).
+          factor: its `reciprocal`, where that is known too.
           key: PRNG key, for stochastic rounding.
           with_values: add `ScaledArray.values`, for a matmul that follows at once.
 
@@ -201,8 +203,9 @@ class Quantizer:
         if self.per_tensor:
             if scale is None:
                 scale, _ = self.scales(jnp.float32(1) if tensor_amax is None else tensor_amax)
+            factor = reciprocal(scale) if factor is None else factor
             codes, values = cast_with_values(
-                x.astype(jnp.float32) * reciprocal(scale),
+                lax.mul(lax.convert_element_type(x, jnp.float32), factor),
                 self.format,
                 rounding=self.rounding,
                 key=key,

@@ -108,7 +108,8 @@ def scale_from_history(amax: jax.Array, factor: np.ndarray, powers_of_two: np.nd
     if powers_of_two.any():
         scale = jnp.where(powers_of_two[..., None], round_up_to_power_of_two(scale), scale)
     # -1 is less than every scale, and its magnitude is what stands for none.
-    return lax.abs(jnp.max(jnp.where(usable(amax), scale, -1.0), -1, initial=-1.0))
+    known = jnp.where(usable(amax), scale, -1.0)
+    return lax.abs(lax.reduce(known, np.float32(-1), lax.max, (known.ndim - 1,)))
 
 
 def _scaled(amax: jax.Array, factor: np.ndarray | np.float32) -> jax.Array:

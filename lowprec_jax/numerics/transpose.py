@@ -64,6 +64,11 @@ def _in_blocks(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
     # Zeros made from `x`, so that no `lax.scan` hoists them; XLA sees that they are constant. All
     # are overwritten, but `x` itself in their place would be computed twice.
     out = (x & np.zeros((), x.dtype)).reshape([x.shape[i] for i in order])
-    blocks = size // _ROWS
-    out = lax.fori_loop(0, blocks, lambda i, out: move(i * _ROWS, _ROWS, out), out)
-    return move(blocks * _ROWS, size % _ROWS, out) if size % _ROWS else out
+    whole = size - size % _ROWS
+    # No `lax.fori_loop`, which is a scan here: differentiated, it stacks what its steps start at.
+    _, out = lax.while_loop(
+        lambda carry: carry[0] < whole,
+        lambda carry: (carry[0] + _ROWS, move(carry[0], _ROWS, carry[1])),
+        (jnp.int32(0), out),
+    )
+    return move(whole, size % _ROWS, out) if size % _ROWS else out

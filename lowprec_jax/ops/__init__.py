@@ -18,6 +18,7 @@ from lowprec_jax.ops.einsum import einsum
 from lowprec_jax.ops.gather import Gather, gather
 from lowprec_jax.ops.program import GemmCount, count_gemms
 from lowprec_jax.ops.ragged_dot import ragged_dot
+from lowprec_jax.ops.rhs import quantize_rhs
 from lowprec_jax.ops.sinks import IndexedSink, Probe, Sink
 from lowprec_jax.ops.smoothing import channel_factors, fold_factors, smooth_dot_general
 
@@ -43,6 +44,7 @@ __all__ = [
     "gather",
     "is_study",
     "promoted",
+    "quantize_rhs",
     "ragged_dot",
     "register_backend",
     "smooth_dot_general",

@@ -8,6 +8,7 @@ but not along a window.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +22,12 @@ from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.conv_product import Convolution, multiply
 from lowprec_jax.ops.operands import (
     Forms,
+    amaxes_of,
     as_codes,
-    current_amax,
     forms_of,
     keep,
+    known_of,
+    observation_of,
     observe,
 )
 from lowprec_jax.ops.randomness import rounding_key
@@ -35,7 +38,7 @@ from lowprec_jax.ops.site_state import (
     require_rounding,
     require_sink,
 )
-from lowprec_jax.recipes import Gemm, Recipe, Role, amax_only, get_recipe
+from lowprec_jax.recipes import Gemm, Recipe, Role, get_recipe
 
 
 def conv_general_dilated(
@@ -114,9 +117,9 @@ def _quantized(lhs, rhs, convolution, recipe: Recipe, state, dtype, precision) -
             f"conv_general_dilated: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
             f"{rhs.dtype}. Convert them first, or use recipe 'none'."
         )
-    sink, scales = read_state(recipe, state, "conv_general_dilated")
+    sink, history = read_state(recipe, state, "conv_general_dilated")
     rounding = read_rounding(recipe, state)
-    if recipe.delayed and scales is None:
+    if recipe.delayed and history is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     call = _Call(
         recipe=_without_rotation(recipe),
@@ -128,7 +131,7 @@ def _quantized(lhs, rhs, convolution, recipe: Recipe, state, dtype, precision) -
     )
     axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
     lhs, rhs = compat.to_varying(lhs, axes), compat.to_varying(rhs, axes)
-    return _conv(call, lhs, rhs, scales, sink, rounding)
+    return _conv(call, lhs, rhs, history, sink, rounding)
 
 
 def _as_tuples(x: Any) -> Any:
@@ -174,23 +177,23 @@ def _without_rotation(recipe: Recipe) -> Recipe:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(call: _Call, lhs, rhs, scales, sink, rounding: Rounding):
+def _conv(call: _Call, lhs, rhs, history, sink, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, seen = _forward(call, lhs, rhs, scales, observing=sink is not None)
-    if seen is not None:
-        sinks.write(sink, seen)
+    out, _, counts = _forward(call, lhs, rhs, history, observing=sink is not None)
+    if counts is not None:
+        sinks.write(sink, observation_of(counts, (lhs.size, rhs.size)))
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, scales, sink, rounding: Rounding):
+def _fwd(call: _Call, lhs, rhs, history, sink, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
     _check_mesh(lhs, rhs)
-    out, kept, seen = _forward(call, lhs, rhs, scales, observing=sink is not None)
-    if seen is not None and not isinstance(sink, sinks.Probe):
+    out, kept, counts = _forward(call, lhs, rhs, history, observing=sink is not None)
+    if counts is not None and not isinstance(sink, sinks.Probe):
         # As in `dot_general`: the amaxes already here, for a frozen trunk.
-        sinks.write(sink, amax_only(seen))
-    return out, (*kept, scales, seen, sink, rounding)
+        sinks.write(sink, amaxes_of(counts))
+    return out, (*kept, history, counts, sink, rounding)
 
 
 def _check_mesh(*operands: jax.Array) -> None:
@@ -203,29 +206,25 @@ def _check_mesh(*operands: jax.Array) -> None:
         )
 
 
-def _forward(call: _Call, lhs, rhs, scales, *, observing: bool):
+def _forward(call: _Call, lhs, rhs, history, *, observing: bool):
     """The product, what the backward pass keeps, and what was observed of the operands."""
     recipe, convolution = call.recipe, call.convolution
-    known = scales
-    if known is None:
-        known = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe)
+    known = known_of({Role.LHS: lhs, Role.RHS: rhs}, recipe, history)
     left = _forms_of(lhs, Role.LHS, known, call)
     right = _forms_of(rhs, Role.RHS, known, call)
     gemm = recipe.gemm("fwd")
     out = multiply(convolution.forward, left.first, right.first, gemm, precision=call.precision)
     kept = keep(left.second, "quantized_lhs"), keep(right.second, "quantized_rhs")
-    seen = None
+    counts = None
     if observing:
-        seen = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe)
-    return out.astype(call.dtype), kept, seen
+        counts = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe, known)
+    return out.astype(call.dtype), kept, counts
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, scales, seen, sink, rounding = residuals
+    kept_lhs, kept_rhs, history, counts, sink, rounding = residuals
     recipe, convolution = call.recipe, call.convolution
-    known = scales
-    if known is None:
-        known = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
+    known = known_of({Role.OUTPUT_GRAD: grad}, recipe, history)
     key = rounding and rounding_key(grad, *rounding)
     forms = _forms_of(grad, Role.OUTPUT_GRAD, known, call, key)
     options = {"precision": call.precision, "backward": True}
@@ -235,8 +234,9 @@ def _bwd(call: _Call, residuals, grad):
     drhs = multiply(wgrad, as_codes(kept_lhs), forms.second, recipe.gemm("wgrad"), **options)
     probe = None
     if sink is not None:
-        seen = seen + observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe)
-        probe = sinks.write(sink, seen)
+        row = observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe, known)
+        sizes = math.prod(call.lhs.shape), math.prod(call.rhs.shape), grad.size
+        probe = sinks.write(sink, observation_of(lax.concatenate((counts, row), 0), sizes))
     return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
 
 

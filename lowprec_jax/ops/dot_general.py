@@ -21,19 +21,24 @@ from lowprec_jax.ops import sinks
 from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, gather, reduce_scatter
 from lowprec_jax.ops.operands import (
-    Forms,
+    Known,
     Operand,
+    Scales,
+    amaxes_of,
     as_bytes,
     as_codes,
     can_gather_codes,
-    current_amax,
     forms_of,
     gathered,
     keep,
+    known_of,
+    observation_of,
     observe,
+    without_scale,
 )
 from lowprec_jax.ops.product import product
 from lowprec_jax.ops.randomness import rounding_key
+from lowprec_jax.ops.rhs import checked_codes
 from lowprec_jax.ops.site_state import (
     Rounding,
     read_rounding,
@@ -41,7 +46,7 @@ from lowprec_jax.ops.site_state import (
     require_rounding,
     require_sink,
 )
-from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe
+from lowprec_jax.recipes import Recipe, Role, get_recipe
 
 
 def dot_general(
@@ -73,8 +78,9 @@ def dot_general(
       preferred_element_type: type of the result; default: the promoted type of the operands.
       recipe: a recipe or its name.
       state: scaling state of this call site, needed with delayed scaling.
-      rhs_quantized: `rhs` already quantized (once for many micro-batches). The value is computed
-        from these codes; the gradient goes to `rhs`.
+      rhs_quantized: `rhs` already quantized, by `quantize_rhs`, once for many calls. The value is
+        computed from these codes; the gradient goes to `rhs`. Ignored where a sharded kernel is
+        gathered in high precision.
       rhs_gather: how `rhs` is sharded, see `Gather`.
       out_sharding: sharding of the result on a mesh with explicit axes.
       backend: see `lowprec_jax.ops.backends.dot`.
@@ -108,14 +114,15 @@ def dot_general(
             f"dot_general: recipe {recipe.name!r} multiplies floats; given {lhs.dtype} x "
             f"{rhs.dtype}. Convert them first, or use recipe 'none'."
         )
-    sink, scales = read_state(recipe, state, "dot_general")
-    if recipe.delayed and scales is None:
+    sink, history = read_state(recipe, state, "dot_general")
+    if recipe.delayed and history is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     axes = compat.varying_axes(lhs) | compat.varying_axes(rhs)
     lhs, rhs = compat.to_varying(lhs, axes), compat.to_varying(rhs, axes)
     dims = Dimensions.of(lhs.ndim, rhs.ndim, dimension_numbers)
+    codes = checked_codes(rhs_quantized, recipe)
     if rhs_gather is not None and not can_gather_codes(recipe, dims, rhs.shape, rhs_gather):
-        rhs, rhs_gather = gather(rhs, rhs_gather), None
+        rhs, rhs_gather, codes = gather(rhs, rhs_gather), None, None
     like_lhs, like_rhs = _Like.of(lhs, rhs)
     call = _Call(
         recipe=recipe,
@@ -129,21 +136,21 @@ def dot_general(
         rhs=like_rhs,
     )
     rounding = read_rounding(recipe, state)
-    codes = _checked_codes(rhs_quantized, recipe)
-    return _dot(call, lhs, rhs, scales, sink, codes, rounding)
+    return _dot(call, lhs, rhs, history, sink, codes, rounding)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Like:
-    """Type and explicit sharding that the gradient of an operand must have."""
+    """Type and explicit sharding that the gradient of an operand must have, and its size."""
 
     dtype: Any
     sharding: Any
+    size: int
 
     @classmethod
     def of(cls, *operands: jax.Array) -> "list[_Like]":
         shardings = compat.explicit_shardings(*operands)
-        return [cls(x.dtype, s) for x, s in zip(operands, shardings, strict=True)]
+        return [cls(x.dtype, s, x.size) for x, s in zip(operands, shardings, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,52 +168,43 @@ class _Call:
     rhs: _Like
 
 
-def _checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> Operand | None:
-    if quantized is None or recipe.fwd is None:
-        return None
-    wanted = recipe.fwd.right
-    if wanted is None or quantized.format != wanted.format:
-        raise ValueError(
-            f"rhs_quantized is {quantized.format}, but recipe {recipe.name!r} multiplies "
-            f"{wanted and wanted.format}; quantize it to that."
-        )
-    return as_bytes(quantized)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(call: _Call, lhs, rhs, scales, sink, codes, rounding: Rounding):
+def _dot(call: _Call, lhs, rhs, history, sink, codes, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, seen = _forward(call, lhs, rhs, scales, codes, observing=sink is not None)
-    if seen is not None:
-        sinks.write(sink, seen)
+    out, _, counts = _forward(call, lhs, rhs, history, codes, observing=sink is not None)
+    if counts is not None:
+        sinks.write(sink, observation_of(counts, (call.lhs.size, call.rhs.size)))
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, scales, sink, codes, rounding: Rounding):
+def _fwd(call: _Call, lhs, rhs, history, sink, codes, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
-    out, kept, seen = _forward(call, lhs, rhs, scales, codes, observing=sink is not None)
-    if seen is not None and not isinstance(sink, sinks.Probe):
+    out, kept, counts = _forward(call, lhs, rhs, history, codes, observing=sink is not None)
+    if counts is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
-        sinks.write(sink, amax_only(seen))
-    kept_lhs, kept_rhs = keep(kept[0], "quantized_lhs"), keep(kept[1], "quantized_rhs")
-    return out, (kept_lhs, kept_rhs, scales, seen, sink, rounding)
+        sinks.write(sink, amaxes_of(counts))
+    left, right = (
+        None if x is None else keep(x, name)
+        for x, name in zip(kept, ("quantized_lhs", "quantized_rhs"), strict=True)
+    )
+    if history is not None:
+        left, right = without_scale(left), without_scale(right)
+    # Codes that were given are kept as they came: a scan stacks nothing that it was given.
+    kept = left, codes if right is None else right
+    return out, (kept, history, counts, sink, rounding)
 
 
 # Compiled functions of their own, so that JAX traces them once for all layers of the same shapes.
 @functools.partial(jax.jit, static_argnames=("call", "observing"))
-def _forward(call: _Call, lhs, rhs, scales, codes, *, observing: bool):
+def _forward(call: _Call, lhs, rhs, history, codes, *, observing: bool):
     """The product, the operands as `wgrad` and `dgrad` take them, and what was observed of them."""
     recipe, dims = call.recipe, call.dims
-    known = scales
-    if known is None:
-        known = current_amax({Role.LHS: lhs, Role.RHS: rhs}, recipe, call.gather)
+    known = known_of({Role.LHS: lhs, Role.RHS: rhs}, recipe, history, call.gather)
     left = forms_of(lhs, Role.LHS, known, recipe, dims)
-    right = forms_of(rhs, Role.RHS, known, recipe, dims)
-    if codes is not None:
-        given = as_codes(codes)
-        right = Forms(given, given if right.second is right.first else right.second)
+    given = None if codes is None else as_codes(_with_scale(codes, known, Role.RHS, 0))
+    right = forms_of(rhs, Role.RHS, known, recipe, dims, given=given)
     out = product(
         left.first,
         gathered(right.first, call.gather),
@@ -216,27 +214,33 @@ def _forward(call: _Call, lhs, rhs, scales, codes, *, observing: bool):
         out_sharding=call.out_sharding,
         backend=call.backend,
     )
-    kept = as_bytes(left.second.transpose(dims.lhs_to_wgrad)), as_bytes(right.second)
-    seen = None
+    kept = (
+        as_bytes(left.second.transpose(dims.lhs_to_wgrad)),
+        None if right.second is given else as_bytes(right.second),
+    )
+    counts = None
     if observing:
-        seen = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe)
-    return out.astype(call.dtype), kept, seen
+        counts = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe, known)
+    return out.astype(call.dtype), kept, counts
 
 
 def _bwd(call: _Call, residuals, grad):
-    *kept, scales, seen, sink, rounding = residuals
-    dlhs, drhs, seen = _backward(call, *kept, scales, rounding, grad, seen)
-    probe = None if sink is None else sinks.write(sink, seen)
+    kept, history, counts, sink, rounding = residuals
+    dlhs, drhs, counts = _backward(call, kept, history, rounding, grad, counts)
+    probe = None
+    if sink is not None:
+        sizes = call.lhs.size, call.rhs.size, grad.size
+        probe = sinks.write(sink, observation_of(counts, sizes))
     return dlhs, drhs, None, probe, None, None
 
 
 @functools.partial(jax.jit, static_argnames="call")
-def _backward(call: _Call, kept_lhs, kept_rhs, scales, rounding, grad, seen):
+def _backward(call: _Call, kept, history, rounding, grad, counts):
     """The gradients of the operands, and what was observed of all three."""
     recipe, dims = call.recipe, call.dims
-    known = scales
-    if known is None:
-        known = current_amax({Role.OUTPUT_GRAD: grad}, recipe)
+    known = known_of({Role.OUTPUT_GRAD: grad}, recipe, history)
+    kept_lhs = as_codes(_with_scale(kept[0], known, Role.LHS, 1))
+    kept_rhs = as_codes(_with_scale(kept[1], known, Role.RHS, 1))
     key = rounding and rounding_key(grad, *rounding)
     forms = forms_of(grad, Role.OUTPUT_GRAD, known, recipe, dims, key)
     multiply = functools.partial(
@@ -244,22 +248,31 @@ def _backward(call: _Call, kept_lhs, kept_rhs, scales, rounding, grad, seen):
     )
     dlhs = multiply(
         forms.first,
-        gathered(as_codes(kept_rhs), call.gather),
+        gathered(kept_rhs, call.gather),
         recipe.gemm("dgrad"),
         dims.dgrad,
         out_sharding=compat.permute_sharding(call.lhs.sharding, _inverse(dims.dgrad_to_lhs)),
     ).transpose(dims.dgrad_to_lhs)
     drhs = multiply(
-        as_codes(kept_lhs),
+        kept_lhs,
         forms.second,
         recipe.gemm("wgrad"),
         dims.wgrad,
         out_sharding=compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
     ).transpose(dims.wgrad_to_rhs)
     drhs = reduce_scatter(drhs, call.gather)
-    if seen is not None:
-        seen = seen + observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe)
-    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), seen
+    if counts is not None:
+        row = observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe, known)
+        counts = lax.concatenate((counts, row), 0)
+    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), counts
+
+
+def _with_scale(x: Operand, known: Known, role: Role, which: int) -> Operand:
+    """An operand that was stripped by `without_scale`, with its scale in one of its GEMMs."""
+    if not isinstance(x, ScaledArray) or x.scale is not None:
+        return x
+    assert isinstance(known, Scales)
+    return dataclasses.replace(x, scale=known.of(role, which)["scale"])
 
 
 _dot.defvjp(_fwd, _bwd)

@@ -12,16 +12,40 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lowprec_jax import compat
-from lowprec_jax.numerics import Quantizer, ScaledArray, compute_amax, range_statistics, spread
+from lowprec_jax.numerics import (
+    Quantizer,
+    ScaledArray,
+    compute_amax,
+    range_counts,
+    range_numbers,
+    reciprocal,
+    spread,
+)
+from lowprec_jax.numerics.scaling import magnitude_bits
 from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, all_gather
-from lowprec_jax.recipes import Column, Recipe, Role
+from lowprec_jax.recipes import Column, Recipe, Role, history_scales
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array
-# What scales are: current scaling knows amaxes f32 [] by role, delayed scaling the scales
-# f32[3, 2], see `history_scales`.
-Known = Mapping[Role, jax.Array] | jax.Array
+
+
+class Scales(NamedTuple):
+    """What delayed scaling knows: f32[3, 2], see `history_scales`, and ``1 / scale``."""
+
+    scale: jax.Array
+    reciprocal: jax.Array
+
+    def of(self, role: Role, which: int) -> dict[str, jax.Array]:
+        """Scale and reciprocal f32 [] of a role in the first or the second GEMM that uses it."""
+        scale, factor = (
+            lax.reshape(lax.slice(x, (role, which), (role + 1, which + 1)), ()) for x in self
+        )
+        return {"scale": scale, "factor": factor}
+
+
+# Current scaling knows the amaxes of tensors, f32 [].
+Known = Mapping[Role, jax.Array] | Scales
 
 
 class AxisGroups(Protocol):
@@ -47,16 +71,18 @@ def forms_of(
     recipe: Recipe,
     dims: AxisGroups,
     key: jax.Array | None = None,
+    given: Operand | None = None,
 ) -> Forms:
     """An operand in the form of each GEMM that uses it; forms that are equal are made once.
 
     Args:
       x: the operand.
       role: its role.
-      known: amaxes of the tensors, missing where no scale comes from them, or the scales.
+      known: what scales are made of, see `known_of`.
       recipe: the recipe.
       dims: dimension numbers of the three GEMMs.
       key: PRNG key, for stochastic rounding.
+      given: the first form, where it was made before.
     """
     first, second = recipe.quantizers_of(role)
     own, other = dims.groups[role]
@@ -64,20 +90,15 @@ def forms_of(
     layouts = (own, other), ((own, other) if reused else (other, own))
     # A kernel is upcast from its codes again in the backward pass, once if XLA sees both.
     make = functools.partial(_form, x, recipe=recipe, key=key, with_values=role != Role.RHS)
+    form = make(first, layouts[0], _known(known, role, 0)) if given is None else given
     if _same_form(x, first, layouts[0], second, layouts[1]):
-        form = make(first, layouts[0], _known(known, role, 0))
         return Forms(form, form)
-    return Forms(
-        make(first, layouts[0], _known(known, role, 0)),
-        make(second, layouts[1], _known(known, role, 1)),
-    )
+    return Forms(form, make(second, layouts[1], _known(known, role, 1)))
 
 
-def _known(known: Known, role: Role, which: int) -> dict[str, jax.Array | None]:
-    """What a quantizer takes: the amax of a tensor, or the scale of one of its forms."""
-    if isinstance(known, Mapping):
-        return {"tensor_amax": known.get(role)}
-    return {"scale": lax.reshape(lax.slice(known, (role, which), (role + 1, which + 1)), ())}
+def _known(known: Known, role: Role, which: int) -> Mapping[str, jax.Array | None]:
+    """What a quantizer takes: the amax of a tensor, or scale and reciprocal of one of its forms."""
+    return known.of(role, which) if isinstance(known, Scales) else {"tensor_amax": known.get(role)}
 
 
 Layout = tuple[Sequence[int], Sequence[int]]
@@ -102,6 +123,28 @@ def _form(
         known = {"tensor_amax": current_amax({Role.LHS: rotated}, recipe)[Role.LHS]}
     tile = quantizer.tile(rotated.shape, contracted, free)
     return quantizer(rotated, tile, **known, key=key, with_values=with_values)
+
+
+def known_of(
+    operands: Mapping[Role, jax.Array],
+    recipe: Recipe,
+    history: jax.Array | None,
+    sharded: Gather | None = None,
+) -> Known:
+    """What scales are made of: those of the history under delayed scaling, else `current_amax`."""
+    if history is None:
+        return current_amax(operands, recipe, sharded)
+    return _scales(history, recipe)
+
+
+# Compiled by itself, so that sites of equal shapes are traced and lowered once. The backward pass
+# computes it again from the history: a scan does not stack what it was given, and kernels that read
+# a scale from a stack are slow on XLA:CPU.
+@functools.partial(jax.jit, static_argnums=1)
+def _scales(history: jax.Array, recipe: Recipe) -> Scales:
+    # All of a site at once: a division is computed by itself, and read by all that need it.
+    scales = history_scales(history, recipe)
+    return Scales(scales, reciprocal(scales))
 
 
 def current_amax(
@@ -188,6 +231,11 @@ def can_gather_codes(recipe: Recipe, dims: Dimensions, shape: tuple[int, ...], h
     return True
 
 
+def without_scale(x: Operand | None) -> Operand | None:
+    """What is kept or given where delayed scaling knows the scale anyway."""
+    return dataclasses.replace(x, scale=None) if isinstance(x, ScaledArray) else x
+
+
 def as_bytes(x: Operand) -> Operand:
     """Codes alone, f8 ones seen as uint8; a high-precision operand is returned as it is."""
     if not isinstance(x, ScaledArray):
@@ -205,29 +253,49 @@ def as_codes(x: Operand) -> Operand:
     return _map_data(lambda data: lax.bitcast_convert_type(data, dtype), x)
 
 
-def observe(operands: Mapping[Role, tuple[jax.Array, Forms]], recipe: Recipe) -> jax.Array:
-    """An observation f32[3, 5] of some operands, in their forms; the rows of others are zero."""
-    nothing = np.zeros((1, len(Column)), np.float32)
-    rows = {role: _row(x, role, forms, recipe) for role, (x, forms) in operands.items()}
-    return lax.concatenate([rows.get(role, nothing) for role in Role], 0)
+def observe(
+    operands: Mapping[Role, tuple[jax.Array, Forms]], recipe: Recipe, known: Known
+) -> jax.Array:
+    """`range_counts` int32[n, 4] of some operands, in their forms: a row for each, in order."""
+    rows = [_row(x, role, forms, recipe, known) for role, (x, forms) in operands.items()]
+    return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
 
 
-def _row(x: jax.Array, role: Role, forms: Forms, recipe: Recipe) -> jax.Array:
-    """f32[1, 5]; only the amax and the size in high precision."""
+def amaxes_of(counts: jax.Array) -> jax.Array:
+    """The amaxes among the rows of `observe`, of the first roles, as an observation f32[3, 5]."""
+    bits = lax.slice_in_dim(counts, 0, 1, axis=1)
+    return _padded(lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def observation_of(counts: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """An observation f32[3, 5] of the rows of `observe`, of the first roles, and their sizes."""
+    elements = np.array(sizes, np.float32)[:, None]
+    return _padded(lax.concatenate((range_numbers(counts), elements), 1))
+
+
+def _padded(x: jax.Array) -> jax.Array:
+    rows, columns = len(Role) - x.shape[0], len(Column) - x.shape[1]
+    if not rows and not columns:
+        return x
+    return lax.pad(x, np.float32(0), ((0, rows, 0), (0, columns, 0)))
+
+
+def _row(x: jax.Array, role: Role, forms: Forms, recipe: Recipe, known: Known) -> jax.Array:
+    """int32[1, 4]; only the amax in high precision."""
     index = next(
         (i for i, q in enumerate(recipe.quantizers_of(role)) if q and not q.hadamard), None
     )
     if index is None:
-        columns = compute_amax(x), *np.zeros(3, np.float32)
+        bits = lax.reshape(magnitude_bits(compute_amax(x)), (1, 1))
+        return lax.concatenate((bits, np.zeros((1, 3), np.int32)), 1)
+    form = forms[index]
+    assert isinstance(form, ScaledArray)
+    if isinstance(known, Scales):
+        factor = known.of(role, index)["factor"]
     else:
-        form = forms[index]
-        assert isinstance(form, ScaledArray)
         scale = spread(form.scale, x.shape, form.tile)
-        if form.global_scale is not None:
-            scale = scale * form.global_scale
-        columns = range_statistics(x, scale, form.format)
-    columns = *columns, np.float32(x.size)
-    return lax.concatenate([lax.reshape(column, (1, 1)) for column in columns], 1)
+        factor = reciprocal(scale if form.global_scale is None else scale * form.global_scale)
+    return range_counts(x, factor, form.format)
 
 
 def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:

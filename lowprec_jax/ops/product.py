@@ -64,7 +64,8 @@ def product(
             backend=backend,
             values=(left.values, right.values),
         )
-        return codes * _output_scale(left, right, dimensions)
+        scale = _output_scale(left, right, dimensions)
+        return lax.mul(codes, scale) if scale.ndim == 0 else codes * scale
     assert gemm is not None
     return _multiply_tiles(left, right, gemm, dimensions, plain, backend)
 

@@ -36,7 +36,7 @@ from lowprec_jax.ops.site_state import (
     require_rounding,
     require_sink,
 )
-from lowprec_jax.recipes import Gemm, Recipe, Role, amax_only, get_recipe
+from lowprec_jax.recipes import Gemm, Recipe, Role, amax_only, get_recipe, history_scales
 
 # The operands of the three GEMMs: lhs [M, K], rhs [G, K, N], output_grad [M, N]; for wgrad, lhs is
 # kept as [K, M] (see `lowprec_jax.ops.dimensions`).
@@ -93,8 +93,8 @@ def ragged_dot(
     lhs, rhs, group_sizes = (compat.to_varying(x, axes) for x in (lhs, rhs, group_sizes))
     if not recipe.quantizes:
         return _high_precision(lhs, rhs, group_sizes, precision, preferred_element_type)
-    sink, scales = read_state(recipe, state, "ragged_dot", rhs.shape[:1])
-    if recipe.delayed and scales is None:
+    sink, history = read_state(recipe, state, "ragged_dot", rhs.shape[:1])
+    if recipe.delayed and history is None:
         recipe = dataclasses.replace(recipe, name="calibration", fwd=None, dgrad=None, wgrad=None)
     call = _Call(
         recipe=recipe,
@@ -104,7 +104,7 @@ def ragged_dot(
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
     )
-    return _dot(call, lhs, rhs, group_sizes, scales, sink, read_rounding(recipe, state))
+    return _dot(call, lhs, rhs, group_sizes, history, sink, read_rounding(recipe, state))
 
 
 def _high_precision(lhs, rhs, group_sizes, precision, dtype) -> jax.Array:
@@ -158,27 +158,28 @@ def _check(lhs, rhs, group_sizes, recipe: Recipe, backend: str | None) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(call: _Call, lhs, rhs, group_sizes, scales, sink, rounding: Rounding):
+def _dot(call: _Call, lhs, rhs, group_sizes, history, sink, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, seen = _forward(call, lhs, rhs, group_sizes, scales, observing=sink is not None)
+    out, _, seen = _forward(call, lhs, rhs, group_sizes, history, observing=sink is not None)
     if sink is not None and seen is not None:
         sinks.write(sink, seen)
     return out
 
 
-def _fwd(call: _Call, lhs, rhs, group_sizes, scales, sink, rounding: Rounding):
+def _fwd(call: _Call, lhs, rhs, group_sizes, history, sink, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
-    out, kept, seen = _forward(call, lhs, rhs, group_sizes, scales, observing=sink is not None)
+    out, kept, seen = _forward(call, lhs, rhs, group_sizes, history, observing=sink is not None)
     if sink is not None and seen is not None and not isinstance(sink, sinks.Probe):
         # Amaxes only, as in `dot_general`: this rule runs twice under remat.
         sinks.write(sink, amax_only(seen))
-    return out, (*kept, group_sizes, scales, seen, sink, rounding)
+    return out, (*kept, group_sizes, history, seen, sink, rounding)
 
 
-def _forward(call: _Call, lhs, rhs, group_sizes, scales, *, observing: bool):
+def _forward(call: _Call, lhs, rhs, group_sizes, history, *, observing: bool):
     """The product, what the backward pass keeps, and the observation of the two operands."""
     recipe = call.recipe
+    scales = None if history is None else history_scales(history, recipe)
     rows, matrices = Groups.of_rows(group_sizes, lhs.shape[0]), Groups.one_each(rhs.shape[0])
     left = grouped_forms(lhs, rows, Role.LHS, scales, recipe)
     right = grouped_forms(rhs, matrices, Role.RHS, scales, recipe)
@@ -199,8 +200,9 @@ def _forward(call: _Call, lhs, rhs, group_sizes, scales, *, observing: bool):
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, group_sizes, scales, seen, sink, rounding = residuals
+    kept_lhs, kept_rhs, group_sizes, history, seen, sink, rounding = residuals
     recipe = call.recipe
+    scales = None if history is None else history_scales(history, recipe)
     rows = Groups.of_rows(group_sizes, grad.shape[0])
     key = rounding and rounding_key(grad, *rounding)
     forms = grouped_forms(grad, rows, Role.OUTPUT_GRAD, scales, recipe, key)

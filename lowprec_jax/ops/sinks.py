@@ -19,7 +19,7 @@ class IndexedSink:
     """One row of a ref that holds the observations of many call sites.
 
     For transforms that cannot carry refs in their arguments: the ref is closed over, the index
-    (int32 [], one per layer) travels as data.
+    (an integer [], one per layer) travels as data.
     """
 
     ref: jax.Array

@@ -7,13 +7,15 @@ import jax
 from jax import lax
 
 from lowprec_jax.ops import sinks
-from lowprec_jax.recipes import Recipe, Role, history_scales
+from lowprec_jax.recipes import Recipe, Role
 
 
 def read_state(
     recipe: Recipe, state: Mapping[str, Any] | None, op: str, stack: tuple[int, ...] = ()
 ) -> tuple[sinks.Sink | None, jax.Array | None]:
-    """The sink or None; the scales f32[*stack, 3, 2], see `history_scales`, None if not from state.
+    """The sink or None, and what scales come from.
+
+    That is the amax history f32[*stack, 3, window], or None where scales come from the operands.
 
     Args:
       recipe: the recipe.
@@ -31,13 +33,13 @@ def read_state(
         sinks.check_sink(sink)
     axes = f", {stack}" if stack else ""
     if recipe.delayed and "amax_history" in state:
-        history = lax.stop_gradient(state["amax_history"])
+        history = state["amax_history"]
         if history.shape[:-1] != (*stack, len(Role)):
             raise ValueError(
                 f"{op}: amax_history is {history.shape}, but leading axes {stack} "
                 f"are needed; make the state with init_state(recipe{axes})."
             )
-        return sink, history_scales(history, recipe)
+        return sink, history
     if recipe.delayed and sink is None:
         raise ValueError(
             f"{op}: recipe {recipe.name!r} takes its scales from state, but the op got none. Pass "

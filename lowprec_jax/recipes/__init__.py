@@ -25,6 +25,7 @@ from lowprec_jax.recipes.rules import (
 )
 from lowprec_jax.recipes.scaling_state import (
     Column,
+    Record,
     State,
     advance_state,
     amax_only,
@@ -62,6 +63,7 @@ __all__ = [
     "Column",
     "Gemm",
     "Recipe",
+    "Record",
     "Role",
     "Rule",
     "Rules",

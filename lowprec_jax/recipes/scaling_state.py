@@ -5,15 +5,14 @@ has one row per `Role`; leading axes (``stack``) hold the layers of a scanned st
 
 ``amax_history``  f32[*stack, 3, window]  newest first; delayed scaling only
 ``pending``       f32[*stack, 3, 5]       observed since the last advance, columns of `Column`
-``observed``      f32[*stack, 3, 5]       observed in the last completed step, for reports; an amax
-                                        that is not finite is 0 here, its elements are counted
-``age``           f32[*stack, 3]          steps since the scale moved
-``dropped``       f32[*stack, 3]          observations that were not usable, since the start
+``observed``      f32[*stack, 3, 7]       the same of the last completed step, for reports, and the
+                                        columns of `Record`; an amax that is not finite is 0 here,
+                                        its elements are counted
 ``counter``       f32[*stack]             completed steps; stochastic rounding only, its random key
 """
 
 import enum
-import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +35,17 @@ class Column(enum.IntEnum):
     SIZE = 4
 
 
+class Record(enum.IntEnum):
+    """Columns of ``observed`` after those of `Column`.
+
+    AGE: steps since the scale moved.
+    DROPPED: observations that were not usable, since the start.
+    """
+
+    AGE = 5
+    DROPPED = 6
+
+
 def init_state(recipe: Recipe, stack: tuple[int, ...] = ()) -> State:
     """State of a call site that has seen nothing; empty for a recipe without state.
 
@@ -48,9 +58,7 @@ def init_state(recipe: Recipe, stack: tuple[int, ...] = ()) -> State:
     rows = (*stack, len(Role))
     state = {
         "pending": jnp.zeros((*rows, len(Column)), jnp.float32),
-        "observed": jnp.zeros((*rows, len(Column)), jnp.float32),
-        "age": jnp.zeros(rows, jnp.float32),
-        "dropped": jnp.zeros(rows, jnp.float32),
+        "observed": jnp.zeros((*rows, len(Column) + len(Record)), jnp.float32),
     }
     if recipe.delayed:
         state["amax_history"] = jnp.zeros((*rows, recipe.window), jnp.float32)
@@ -59,22 +67,27 @@ def init_state(recipe: Recipe, stack: tuple[int, ...] = ()) -> State:
     return state
 
 
+# Compiled by itself, as all that each call site does: traced and lowered once.
+@jax.jit
 def merge_observations(a: jax.Array, b: jax.Array) -> jax.Array:
     """Combines two observations f32[..., 5]: the larger amax, the sum of the counts.
 
     Associative and commutative with zeros as identity: module reuse, scan, micro-batches and
     devices give the same state in any order.
     """
-    return lax.select(_is_amax(a.shape), lax.max(a, b), lax.add(a, b))
+    (a_amax, a_counts), (b_amax, b_counts) = _split(a), _split(b)
+    return lax.concatenate((lax.max(a_amax, b_amax), lax.add(a_counts, b_counts)), a.ndim - 1)
 
 
 def amax_only(observation: jax.Array) -> jax.Array:
     """An observation f32[..., 5] without its counts."""
-    return lax.select(_is_amax(observation.shape), observation, lax.full_like(observation, 0))
+    amax, counts = _split(observation)
+    return lax.concatenate((amax, lax.full_like(counts, 0)), observation.ndim - 1)
 
 
-def _is_amax(shape: tuple[int, ...]) -> jax.Array:
-    return lax.eq(lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1), np.int32(Column.AMAX))
+def _split(observation: jax.Array) -> Sequence[jax.Array]:
+    """The amax f32[..., 1] and the counts f32[..., 4]."""
+    return lax.split(observation, (1, len(Column) - 1), axis=observation.ndim - 1)
 
 
 def advance_state(state: State, when: jax.Array | bool = True) -> State:
@@ -97,30 +110,28 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
 # Compiled by itself, so that sites of equal shapes are traced and lowered once.
 @jax.jit
 def _advance(state: State, when: jax.Array | None) -> State:
-    pending = state["pending"]
-    amax = pending[..., Column.AMAX]
+    pending, record = state["pending"], state["observed"]
+    amax, size = pending[..., : Column.AMAX + 1], pending[..., Column.SIZE :]
     # An amax without a size comes from a layer whose backward pass did not run.
-    seen = (pending[..., Column.SIZE] > 0) | (amax != 0)
-    done = seen if when is None else seen & when
-    pushed = done & usable(amax)
-    finite = jnp.isfinite(pending)  # what is kept, and saved, always is
-    rest = jnp.zeros_like(pending)  # what was not seen is zero already
-    new = {
-        "pending": rest if when is None else jnp.where(done[..., None], rest, pending),
-        "observed": jnp.where(done[..., None], jnp.where(finite, pending, 0), state["observed"]),
-        "dropped": state["dropped"] + (done & ~pushed).astype(jnp.float32),
-    }
-    if "amax_history" not in state:
-        moved = amax != state["observed"][..., Column.AMAX]
-    else:
+    done = amax + size != 0
+    pushed = usable(amax)
+    if when is not None:
+        done, pushed = done & when, pushed & when
+    new = {"pending": jnp.zeros_like(pending) if when is None else jnp.where(done, 0, pending)}
+    if "amax_history" in state:
         history = state["amax_history"]
-        kept, oldest = history[..., :-1], history[..., -1]
-        shifted = jnp.concatenate([amax[..., None], kept], axis=-1)
-        new["amax_history"] = jnp.where(pushed[..., None], shifted, history)
-        largest_kept = kept.max(-1, initial=0)
-        before = jnp.maximum(largest_kept, oldest)
-        moved = pushed & (jnp.maximum(largest_kept, amax) != before)
-    new["age"] = jnp.where(done, jnp.where(moved, 0.0, state["age"] + 1), state["age"])
+        shifted = jnp.concatenate([amax, history[..., :-1]], axis=-1)
+        new["amax_history"] = jnp.where(pushed, shifted, history)
+        before, after = (x.max(-1, keepdims=True) for x in (history, new["amax_history"]))
+        moved = after != before
+    else:
+        moved = amax != record[..., : Column.AMAX + 1]
+    observed = jnp.where(jnp.isfinite(pending), pending, 0)  # what is kept, and saved, always is
+    age, dropped = record[..., Record.AGE : Record.DROPPED], record[..., Record.DROPPED :]
+    following = jnp.concatenate([observed, jnp.where(moved, 0.0, age + 1)], axis=-1)
+    following = jnp.where(done, following, record[..., : Record.DROPPED])
+    lost = (done & ~pushed).astype(jnp.float32)
+    new["observed"] = jnp.concatenate([following, dropped + lost], axis=-1)
     if "counter" in state:
         new["counter"] = state["counter"] + (1.0 if when is None else when.astype(jnp.float32))
     return new
@@ -131,7 +142,6 @@ def history_amax(state: State) -> jax.Array:
     return state["amax_history"].max(-1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def history_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
     """The scales f32[..., 3, 2] of each operand in the first and the second GEMM that uses it.
 

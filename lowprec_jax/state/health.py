@@ -1,6 +1,7 @@
 """What the observations say: saturation, underflow, non-finite values, scales and their age."""
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from lowprec_jax.errors import UserError
-from lowprec_jax.recipes import Column, Recipe, Role, history_amax
+from lowprec_jax.recipes import Column, Recipe, Record, Role
 from lowprec_jax.state.sites import Tree, sites
 
 Site = Mapping[str, jax.Array]
@@ -59,13 +60,13 @@ def summarize(tree: Tree) -> Health | None:
     found = [site for _, site in sites(tree)]
     if not found:
         return None
-    observed = _observed(found)
+    records = _records(found)
     saturated, underflow, size = (
-        observed[:, column] for column in (Column.SATURATED, Column.UNDERFLOW, Column.SIZE)
+        records[:, column] for column in (Column.SATURATED, Column.UNDERFLOW, Column.SIZE)
     )
     lost = (saturated + underflow) / jnp.maximum(size, 1)
-    counts = saturated, underflow, _nonfinite(found), size
-    (saturated, underflow, nonfinite, size), age = _totals(counts, _rows(found, "age"))
+    counts = saturated, underflow, _nonfinite(records), size
+    (saturated, underflow, nonfinite, size), age = _totals(counts, records[:, Record.AGE])
     elements = jnp.maximum(size, 1)
     return Health(saturated / elements, underflow / elements, nonfinite, age, lost.argmax())
 
@@ -90,15 +91,15 @@ def operand_table(tree: Tree, recipes: Recipe | Mapping[str, Recipe]) -> jax.Arr
     if not found:
         return jnp.zeros((0, len(OperandColumn)), jnp.float32)
     states = [site for _, site in found]
-    observed = _observed(states)
-    size = jnp.maximum(observed[:, Column.SIZE], 1)
+    records = _records(states)
+    size = jnp.maximum(records[:, Column.SIZE], 1)
     columns = {
-        OperandColumn.AMAX: observed[:, Column.AMAX],
+        OperandColumn.AMAX: records[:, Column.AMAX],
         OperandColumn.SCALE: _scales(states, [_recipe(recipes, path) for path, _ in found]),
-        OperandColumn.SATURATED: observed[:, Column.SATURATED] / size,
-        OperandColumn.UNDERFLOW: observed[:, Column.UNDERFLOW] / size,
-        OperandColumn.NONFINITE: _nonfinite(states),
-        OperandColumn.AGE: _rows(states, "age"),
+        OperandColumn.SATURATED: records[:, Column.SATURATED] / size,
+        OperandColumn.UNDERFLOW: records[:, Column.UNDERFLOW] / size,
+        OperandColumn.NONFINITE: _nonfinite(records),
+        OperandColumn.AGE: records[:, Record.AGE],
     }
     return jnp.stack([columns[column] for column in OperandColumn], axis=-1)
 
@@ -117,18 +118,16 @@ def nonfinite(before: Tree, after: Tree) -> jax.Array:
     old, new = ([site for _, site in sites(tree)] for tree in (before, after))
     if not new:
         return jnp.float32(0)
-    was, now = _observed(old), _observed(new)
-    kept = (was == now).all(-1)
-    for name in ("age", "dropped"):
-        kept &= _rows(old, name) == _rows(new, name)
-    return jnp.where(kept, 0, _nonfinite(new)).sum()
+    was, now = _records(old), _records(new)
+    seen = jnp.where((was == now).all(-1), 0, _nonfinite(now))
+    return _totals((seen,), seen)[0][0]
 
 
 def operand_names(tree: Tree) -> list[str]:
     """Names such as ``"blocks/mlp/down[2] output_grad"``, in the order of `operand_table`."""
     names = []
     for path, site in sites(tree):
-        layers = site["age"].size // len(Role)
+        layers = _layers(site)
         where = [path] if layers == 1 else [f"{path}[{layer}]" for layer in range(layers)]
         names += [f"{place} {role.name.lower()}" for place in where for role in Role]
     return names
@@ -153,30 +152,32 @@ def health(tree: Tree) -> Health:
     )
 
 
-def _rows(states: Sequence[Site], name: str) -> jax.Array:
-    """One number per operand, f32[n]."""
-    return jnp.concatenate([state[name].reshape(-1) for state in states])
+def _layers(site: Site) -> int:
+    """Layers of the stack that a site is of."""
+    return math.prod(site["pending"].shape[:-2])
 
 
-def _observed(states: Sequence[Site]) -> jax.Array:
-    """f32[n, 5]."""
-    return jnp.concatenate([state["observed"].reshape(-1, len(Column)) for state in states])
+def _records(states: Sequence[Site]) -> jax.Array:
+    """``observed`` of every operand, f32[n, 7]."""
+    columns = len(Column) + len(Record)
+    return jnp.concatenate([state["observed"].reshape(-1, columns) for state in states])
 
 
-def _nonfinite(states: Sequence[Site]) -> jax.Array:
+def _nonfinite(records: jax.Array) -> jax.Array:
     """Non-finite elements of every operand, f32[n].
 
     A layer whose backward pass did not run has an amax without counts. If it is not finite, it is
-    dropped and 0 in `observed`; then there is one at least.
+    dropped and 0 in the record; then there is one at least.
     """
-    observed = _observed(states)
-    no_count = (observed[:, Column.SIZE] == 0) & (observed[:, Column.AMAX] == 0)
-    broken = no_count & (_rows(states, "dropped") > 0)
-    return jnp.maximum(observed[:, Column.NONFINITE], broken.astype(jnp.float32))
+    no_count = (records[:, Column.SIZE] == 0) & (records[:, Column.AMAX] == 0)
+    broken = no_count & (records[:, Record.DROPPED] > 0)
+    return jnp.maximum(records[:, Column.NONFINITE], broken.astype(jnp.float32))
 
 
-def _totals(counts: Sequence[jax.Array], age: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """The sum of every f32[n] of `counts`, and the largest age.
+def _totals(
+    counts: Sequence[jax.Array], ages: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The sum of every f32[n] of `counts`, and the largest of `ages`.
 
     One reduction of several arrays is one kernel. XLA:CPU splits that of a single array by call
     site, and those of 32 rows or more into windows; to compile them took longer than `advance`.
@@ -187,7 +188,7 @@ def _totals(counts: Sequence[jax.Array], age: jax.Array) -> tuple[tuple[jax.Arra
 
     # Ages are not negative: 0 is neutral for their maximum too.
     zeros = (np.float32(0),) * (len(counts) + 1)
-    *sums, oldest = lax.reduce((*counts, age), zeros, combine, (0,))
+    *sums, oldest = lax.reduce((*counts, ages), zeros, combine, (0,))
     return tuple(sums), oldest
 
 
@@ -204,8 +205,8 @@ def _recipe(recipes: Recipe | Mapping[str, Recipe], path: str) -> Recipe:
 
 def _scales(states: Sequence[Site], recipes: Sequence[Recipe]) -> jax.Array:
     """The scale of every operand, f32[n]; each distinct recipe is computed once, on all rows."""
-    amax = jnp.concatenate([_scaled_amax(state).reshape(-1, len(Role)) for state in states])
-    layers = [state["age"].size // len(Role) for state in states]
+    amax = _scaled_amax(states)
+    layers = [_layers(state) for state in states]
     scale = jnp.zeros_like(amax)
     for recipe in dict.fromkeys(recipes):
         own = np.repeat([other == recipe for other in recipes], layers)
@@ -214,7 +215,10 @@ def _scales(states: Sequence[Site], recipes: Sequence[Recipe]) -> jax.Array:
     return scale.reshape(-1)
 
 
-def _scaled_amax(state: Site) -> jax.Array:
-    """The amax that the scales in force come from, f32[*stack, 3]."""
-    delayed = "amax_history" in state
-    return history_amax(dict(state)) if delayed else state["observed"][..., Column.AMAX]
+def _scaled_amax(states: Sequence[Site]) -> jax.Array:
+    """The amaxes that the scales in force come from, f32[layers of all sites, 3]."""
+    known = [s.get("amax_history", s["observed"][..., : Column.AMAX + 1]) for s in states]
+    window = max(x.shape[-1] for x in known)
+    rows = [x.reshape(-1, len(Role), x.shape[-1]) for x in known]
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, window - x.shape[-1]))) for x in rows]
+    return jnp.concatenate(padded).max(-1)

@@ -19,9 +19,7 @@ from lowprec_jax.training.state_leaves import Leaves, kind
 
 __all__ = ["Conversion", "plan_conversion"]
 
-_SITE = re.compile(
-    r"scaling/(?P<site>.*)/(?P<field>amax_history|pending|observed|age|dropped|counter)"
-)
+_SITE = re.compile(r"scaling/(?P<site>.*)/(?P<field>amax_history|pending|observed|counter)")
 
 
 class Conversion(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["FORMAT_VERSION", "ArrayRecord", "DamagedError", "Manifest"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 NAME = "manifest.json"
 
 

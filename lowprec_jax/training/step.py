@@ -218,7 +218,7 @@ def build_gradients(network: Network, micro_batches: int = 1) -> Callable:
     def gradients(params: Tree, others: Tree, batch: Batch):
         scaling, reduction = others
         model = network.merge(local_copy(params), scaling)
-        value_and_grad = accumulate(_loss(network, batch), micro_batches)
+        value_and_grad = accumulate(_loss(network, batch), micro_batches, quantize_once=True)
         loss, grads = value_and_grad(model, *batch)
         grads = nnx.to_pure_dict(grads)
         if reduction and device_axes():

@@ -95,7 +95,7 @@ def test_quantize__stacked_convolutions__get_state_with_the_same_leading_axis():
     )
     layers = lp.nnx.quantize(create(nnx.Rngs(0)), "fp8_delayed")
     (state,) = lp.nnx.scaling_state(layers).values()
-    assert state["age"].shape == (5, 3)
+    assert state["observed"].shape == (5, 3, 7)
 
 
 def test_plan__convolutions__count_their_multiply_adds():

@@ -56,7 +56,7 @@ def test_value_and_grad__nnx_jit__observes_exactly_and_pushes_once_per_step():
     (state,) = lp.nnx.scaling_state(layer).values()
     assert (state["amax_history"] > 0).sum(-1).tolist() == [3, 3, 3]
     assert not state["pending"].any()
-    assert state["dropped"].tolist() == [0, 0, 0]
+    assert state["observed"][:, lp.recipes.Record.DROPPED].tolist() == [0, 0, 0]
 
 
 def test_value_and_grad__jax_jit_on_split_and_merge__observes_exactly():

@@ -171,7 +171,8 @@ def test_value_and_grad__idle_expert__keeps_its_state_for_50_steps_and_is_then_u
         step(layer, *exact_batch(seed))
     after = lp.nnx.scaling_state(layer)
     assert_same(jax.tree.map(lambda s: s[IDLE], after), before)
-    assert all((site["age"][0] < 50).all() for site in after.values())
+    ages = [site["observed"][..., lp.recipes.Record.AGE] for site in after.values()]
+    assert all((age[0] < 50).all() for age in ages)
     (_, found), grads = step(layer, *exact_batch(experts=(IDLE, 2)))
     assert np.isfinite(found.out).all()
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

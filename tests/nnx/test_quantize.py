@@ -109,7 +109,7 @@ def test_quantize__stacked_layers__get_state_with_the_same_leading_axis():
     layers = stack(5)
     (state,) = lp.nnx.scaling_state(layers).values()
     assert state["amax_history"].shape == (5, 3, 16)
-    assert state["age"].shape == (5, 3)
+    assert state["observed"].shape == (5, 3, 7)
 
 
 def test_quantize__stack_of_stacks_of_linear_general__gets_both_axes():

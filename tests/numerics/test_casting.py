@@ -102,6 +102,21 @@ def test_cast__beyond_the_range__saturates_with_its_sign_and_keeps_nan(fmt):
     np.testing.assert_array_equal(values, [fmt.max, -fmt.max, fmt.max, -fmt.max, np.nan])
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    "fmt", [f for f in NARROW if isinstance(f, FloatFormat) and f.nonfinite], ids=str
+)
+def test_cast__nan_of_any_sign_and_payload__has_the_code_of_ml_dtypes(fmt, rounding):
+    bits = [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7FC000FF]
+    x = np.array(bits, np.uint32).view(np.float32)
+
+    codes = cast(jnp.asarray(x), fmt, rounding=rounding, key=jax.random.key(0))
+
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(fmt.dtype)
+    np.testing.assert_array_equal(np.asarray(codes).view(np.uint8), expected.view(np.uint8))
+
+
 @pytest.mark.parametrize("fmt", NARROW, ids=str)
 def test_cast__negative_underflow__is_minus_zero_only_where_the_format_has_it(fmt):
     x = jnp.array([-0.0, -fmt.underflow_bound, -1e-40], jnp.float32)

@@ -16,6 +16,7 @@ from lowprec_jax.recipes import (
     Column,
     Gemm,
     Recipe,
+    Record,
     Role,
     advance_state,
     history_amax,
@@ -103,8 +104,8 @@ def test_advance_state__scripted_amaxes__equals_the_oracle_bit_for_bit(length, m
     ring, scale, dropped, age = _expected(recipe, script)
     _assert_same_bits(states["amax_history"], ring[..., : recipe.window])
     _assert_same_bits(scales, scale)
-    _assert_same_bits(states["dropped"], dropped)
-    _assert_same_bits(states["age"], age)
+    _assert_same_bits(states["observed"][..., Record.DROPPED], dropped)
+    _assert_same_bits(states["observed"][..., Record.AGE], age)
 
 
 def test_advance_state__history_of_1024__equals_the_oracle_and_forgets_after_1024_steps():
@@ -137,7 +138,7 @@ def test_advance_state__one_unusable_amax__next_step_follows_the_data(bad, lengt
     np.testing.assert_array_equal(scales[1], scales[0])
     expected = [np.float32(7) * (np.float32(1) / np.float32(f.max)) for f in FORMATS]
     _assert_same_bits(scales[2], expected)
-    np.testing.assert_array_equal(states["dropped"][-1], 1)
+    np.testing.assert_array_equal(states["observed"][-1, :, Record.DROPPED], 1)
 
 
 def test_advance_state__nothing_observed__nothing_changes():
@@ -153,7 +154,7 @@ def test_advance_state__one_role_unobserved__only_that_row_is_kept():
     new = _advance(state | {"pending": seen})
     np.testing.assert_array_equal(new["amax_history"], [[3, 2, 0], [3, 2, 0], [2, 0, 0]])
     np.testing.assert_array_equal(new["observed"][:, Column.AMAX], [3, 3, 2])
-    np.testing.assert_array_equal(new["age"], 0)
+    np.testing.assert_array_equal(new["observed"][:, Record.AGE], 0)
 
 
 @pytest.mark.parametrize("when", [False, jnp.array(False)])
@@ -174,7 +175,7 @@ def test_advance_state__stack__equals_layer_by_layer():
 
 def test_advance_state__observed__holds_the_last_completed_step():
     state = _advance(init_state(_recipe(3)) | {"pending": _observation(2.0)})
-    np.testing.assert_array_equal(state["observed"], _observation(2.0))
+    np.testing.assert_array_equal(state["observed"][:, : len(Column)], _observation(2.0))
     np.testing.assert_array_equal(state["pending"], 0)
 
 
@@ -182,7 +183,7 @@ def test_advance_state__observing_recipe_without_delay__keeps_no_history():
     state = init_state(dataclasses.replace(FP8_CURRENT, observe=True))
     assert "amax_history" not in state
     new = _advance(state | {"pending": _observation(2.0)})
-    np.testing.assert_array_equal(new["observed"], _observation(2.0))
+    np.testing.assert_array_equal(new["observed"][:, : len(Column)], _observation(2.0))
     assert new.keys() == state.keys()
 
 
@@ -197,9 +198,7 @@ def test_init_state__delayed__has_the_documented_layout(stack):
     assert shapes == {
         "amax_history": ((*stack, 3, 7), "float32"),
         "pending": ((*stack, 3, 5), "float32"),
-        "observed": ((*stack, 3, 5), "float32"),
-        "age": ((*stack, 3), "float32"),
-        "dropped": ((*stack, 3), "float32"),
+        "observed": ((*stack, 3, 7), "float32"),
     }
 
 

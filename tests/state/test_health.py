@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lowprec_jax import compat, ops, state
 from lowprec_jax.errors import UserError
-from lowprec_jax.recipes import FP8_CURRENT, FP8_DELAYED, Column, init_state
+from lowprec_jax.recipes import FP8_CURRENT, FP8_DELAYED, Column, Record, init_state
 from lowprec_jax.state import (
     Health,
     OperandColumn,
@@ -28,11 +28,15 @@ QUIET = [[1.0, 0, 0, 0, 100], [1.0, 0, 0, 0, 50], [1.0, 0, 0, 0, 25]]
 NOISY = [[9.0, 10, 5, 0, 100], [1.0, 0, 2, 0, 50], [np.inf, 3, 5, 1, 25]]
 
 
-def _site(observed, age=(0, 0, 0)):
-    return init_state(FP8_DELAYED) | {
-        "observed": jnp.array(observed, jnp.float32),
-        "age": jnp.array(age, jnp.float32),
-    }
+def _record(observed, age=0, dropped=0):
+    """f32[..., 3, 7] of an observation [..., 3, 5], ages and dropped ones [..., 3]."""
+    observed = np.asarray(observed, np.float32)
+    since = np.stack(np.broadcast_arrays(age, dropped, observed[..., 0])[:2], axis=-1)
+    return jnp.asarray(np.concatenate([observed, since], axis=-1), jnp.float32)
+
+
+def _site(observed, age=0):
+    return init_state(FP8_DELAYED) | {"observed": _record(observed, age)}
 
 
 def test_health__two_sites__fractions_are_of_all_elements():
@@ -44,7 +48,7 @@ def test_health__two_sites__fractions_are_of_all_elements():
 
 
 def test_health__stack__names_the_layer():
-    site = init_state(FP8_DELAYED, (2,)) | {"observed": jnp.array([QUIET, NOISY], jnp.float32)}
+    site = init_state(FP8_DELAYED, (2,)) | {"observed": _record([QUIET, NOISY])}
     report = health({"blocks": {"up": site}})
     assert report.worst == "blocks/up[1] output_grad"
     assert report.saturated == pytest.approx(13 / 350)
@@ -55,10 +59,7 @@ def test_summarize__deep_stacks__is_what_numpy_sums():
     observed = rng.integers(0, 1000, (3, 40, 3, 5)).astype(np.float32)
     age = rng.integers(0, 50, (3, 40, 3)).astype(np.float32)
     fresh = init_state(FP8_DELAYED, (40,))
-    tree = {
-        str(i): fresh | {"observed": jnp.array(observed[i]), "age": jnp.array(age[i])}
-        for i in range(3)
-    }
+    tree = {str(i): fresh | {"observed": _record(observed[i], age[i])} for i in range(3)}
     rows = observed.reshape(-1, 5)
     _, saturated, underflow, broken, size = rows.sum(0, dtype=np.float64)
     report = jax.jit(summarize)(tree)
@@ -103,15 +104,14 @@ BROKEN = [*NOISY[:2], [0.0, *NOISY[2][1:]]]  # `advance` keeps no amax that is n
 
 def _tree():
     stacked = init_state(DELAYED, (2,)) | {
-        "observed": jnp.array([QUIET, BROKEN], jnp.float32),
-        "age": jnp.array([[0, 7, 1], [2, 3, 0]], jnp.float32),
+        "observed": _record([QUIET, BROKEN], [[0, 7, 1], [2, 3, 0]]),
     }
     # The largest amax of a history is not the newest.
     peaks = np.array([[2, 3, 4], [5, 6, 0]], np.float32)
     history = np.zeros((2, 3, DELAYED.window), np.float32)
     history[..., 0], history[..., 5] = peaks / 2, peaks
     stacked["amax_history"] = jnp.asarray(history)
-    current = init_state(CURRENT) | {"observed": jnp.array(BROKEN, jnp.float32)}
+    current = init_state(CURRENT) | {"observed": _record(BROKEN)}
     return {"blocks": stacked, "head": current, "tail": dict(current)}, peaks
 
 
@@ -221,7 +221,7 @@ def test_nonfinite__nan_in_an_activation__is_counted_and_over_with_the_next_step
     _, _, broken, count, summary = _step(STATE, _with(X, np.nan, np.nan))
     # Two inputs; row 3 of the next layer's input is NaN; output gradients are clean.
     assert (float(count), float(summary)) == (18, 18)
-    assert np.asarray(broken["first"]["dropped"]).tolist() == [1, 0, 0]
+    assert np.asarray(broken["first"]["observed"])[:, Record.DROPPED].tolist() == [1, 0, 0]
     _, _, _, count, summary = _step(broken, X)
     assert (float(count), float(summary)) == (0, 0)
 

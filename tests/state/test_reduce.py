@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lowprec_jax.ops.operands import largest_amax
-from lowprec_jax.recipes import FP8_DELAYED, init_state
+from lowprec_jax.recipes import FP8_DELAYED, Record, init_state
 from lowprec_jax.state import advance, sites
 from lowprec_jax.state.sites import add_observations
 
@@ -40,5 +40,5 @@ def test_add_observations__nan_on_one_device__is_dropped_everywhere():
         return advance(add_observations(state, [seen[0]]))
 
     [(_, after)] = sites(on_devices(step, seen))
-    np.testing.assert_array_equal(after["dropped"], [0, 1, 0])
+    np.testing.assert_array_equal(after["observed"][:, Record.DROPPED], [0, 1, 0])
     np.testing.assert_array_equal(after["amax_history"][:, 0], [1, 0, 1])

@@ -31,7 +31,7 @@ def test_is_site__anything_else__is_false(thing):
 
 def test_map_sites__function__gets_sites_and_keeps_the_structure():
     marked = state.map_sites(lambda site: len(site), _tree())
-    assert marked == {"b": {"q": 5, "none": {}}, "a": [5, {"down": 5}]}
+    assert marked == {"b": {"q": 3, "none": {}}, "a": [3, {"down": 3}]}
 
 
 def test_make_sinks__tree__adds_a_fresh_zero_ref_to_every_site_and_keeps_the_rest():

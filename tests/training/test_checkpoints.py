@@ -313,10 +313,10 @@ def test_newest__one_good_one_damaged__passing_over_the_good_one_finds_none(two,
 
 
 def test_newest__of_another_format__is_not_used(two, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowprec_jax.training.manifest.FORMAT_VERSION", 4)
+    monkeypatch.setattr("lowprec_jax.training.manifest.FORMAT_VERSION", 5)
     with (
         Checkpoints(two, keep=9) as checkpoints,
-        pytest.raises(UserError, match="has format 3, this version of lowprec_jax reads 4"),
+        pytest.raises(UserError, match="has format 4, this version of lowprec_jax reads 5"),
     ):
         checkpoints.newest()
 

@@ -15,7 +15,7 @@ SITE = "scaling/blocks/mlp/down/dot_general/scaling"
 def scaling(window: int | None, *, layers: int = 2) -> dict[str, jax.Array]:
     """State of a scanned site whose numbers are all different; None: without a history."""
     rng = np.random.default_rng(window or 0)
-    shapes = {"pending": (3, 5), "observed": (3, 5), "age": (3,), "dropped": (3,)}
+    shapes = {"pending": (3, 5), "observed": (3, 7)}
     if window is not None:
         shapes["amax_history"] = (3, window)
     return {

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lowprec_jax.models import Transformer
 from lowprec_jax.optim import read_masters
-from lowprec_jax.recipes import Column, Role
+from lowprec_jax.recipes import Column, Record, Role
 from lowprec_jax.state import sites
 from lowprec_jax.training.network import transformer_config
 from lowprec_jax.training.optimizer import build_optimizer
@@ -155,7 +155,7 @@ def test_step__fp8__advances_every_history_by_exactly_one(micro_batches):
         assert (history[..., 0] > 0).all(), path
         np.testing.assert_array_equal(history[..., 0], new["observed"][..., Column.AMAX])
         assert not np.asarray(new["pending"]).any(), path
-        assert not np.asarray(new["dropped"]).any(), path
+        assert not np.asarray(new["observed"])[..., Record.DROPPED].any(), path
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
@@ -206,7 +206,7 @@ def test_step__after_a_skipped_one__scales_move_on(broken):
     skipped, _ = fp8_step()(copy(state), not_in_vocabulary(batch) if broken == "batch" else batch)
     for path, site in sites(skipped.scaling):
         assert np.isfinite(site["amax_history"]).all(), path
-        dropped = np.asarray(site["dropped"])[..., Role.OUTPUT_GRAD]
+        dropped = np.asarray(site["observed"])[..., Role.OUTPUT_GRAD, Record.DROPPED]
         assert (dropped == (broken == "params")).all(), path  # a NaN loss has clean gradients
     histories = {p: np.asarray(s["amax_history"]) for p, s in sites(skipped.scaling)}
     repaired = skipped._replace(params=jax.tree.map(jnp.copy, good.params))

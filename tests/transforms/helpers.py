@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec_jax.recipes import Column, Gemm, Role, init_state, recipes
+from lowprec_jax.recipes import Column, Gemm, Record, Role, init_state, recipes
 
 WIDTH, BATCH, LAYERS, DEVICES, STEPS = 32, 16, 2, 8, 2
 
@@ -168,7 +168,7 @@ def assert_state(site, recipe, steps):
     for column in (Column.SATURATED, Column.UNDERFLOW, Column.NONFINITE):
         np.testing.assert_array_equal(site["observed"][..., column], 0)
     np.testing.assert_array_equal(site["pending"], 0)
-    np.testing.assert_array_equal(site["dropped"], 0)
+    np.testing.assert_array_equal(site["observed"][..., Record.DROPPED], 0)
 
 
 def stack_of(trees):

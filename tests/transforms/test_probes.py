@@ -11,7 +11,7 @@ from transforms.helpers import C, W, X, exact, start_site
 import lowprec_jax as lp
 from lowprec_jax import ops, state
 from lowprec_jax.errors import UserError
-from lowprec_jax.recipes import FP8_DELAYED, Column, Role, init_state
+from lowprec_jax.recipes import FP8_DELAYED, Column, Record, Role, init_state
 
 RECIPE = exact(FP8_DELAYED)
 TREE = {"layer": start_site(RECIPE)}
@@ -93,7 +93,7 @@ def test_collect_probes__used_twice_under_jit__the_amax_is_dropped_and_counted()
         return state.advance(state.collect_probes(TREE, loss_of(probes, times=2)[1]))
 
     site = step(state.make_probes(TREE))["layer"]
-    np.testing.assert_array_equal(site["dropped"], 1)
+    np.testing.assert_array_equal(site["observed"][:, Record.DROPPED], 1)
     np.testing.assert_array_equal(site["amax_history"], TREE["layer"]["amax_history"])
 
 
