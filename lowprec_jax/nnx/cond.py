@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from lowprec_jax import ops
-from lowprec_jax.nnx.grad import kinds_of
+from lowprec_jax.nnx.micro_batches import kinds_of
 
 
 def cond(pred: jax.Array, true_fun: Callable, false_fun: Callable, *operands: Any) -> Any:

@@ -7,22 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lowprec_jax import compat
-from lowprec_jax.errors import UserError
 from lowprec_jax.nnx.kernels import quantize_kernels
+from lowprec_jax.nnx.micro_batches import kinds_of, sum_micro_batches
+from lowprec_jax.nnx.probe_variables import ArgNums, attach_probes, split_probes, with_probes
 from lowprec_jax.nnx.sites import Observer, iter_sites
 from lowprec_jax.recipes import advance_state
 from lowprec_jax.state import Health, add_observations
 from lowprec_jax.state import health as health_of
-from lowprec_jax.state.grad import explaining_refs, split_micro_batches
+from lowprec_jax.state.grad import explaining_refs
 from lowprec_jax.state.probes import merge_copies
-
-ArgNums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
-ArrayLike = jax.Array | np.ndarray
 
 
 def value_and_grad(
@@ -32,6 +28,7 @@ def value_and_grad(
     has_aux: bool = False,
     advance: bool = True,
     quantize_once: bool = False,
+    probes: bool = False,
 ) -> Callable:
     """`nnx.value_and_grad` that also lets quantized layers observe and advances their scales.
 
@@ -52,12 +49,22 @@ def value_and_grad(
         kernels reach the matmul as they are stored, in the layer's ``dtype``: a wrapper that
         changes a kernel on its way, such as a weight norm, would go unseen. Not with current
         scaling of whole tensors, where each call reduces the amaxes of both operands at once.
+      probes: let the layers of differentiated arguments observe into probes (`lowprec_jax.state`
+        explains them) instead of refs: the same state from a smaller program, which is traced and
+        compiled faster. For models of which each quantized layer runs once in `f`, and on the way
+        to the gradient: of a layer that runs twice the amaxes would be added up.
 
     Returns:
       As `nnx.value_and_grad`. Scaling state of the models is updated in place.
     """
     return accumulate(
-        f, 1, argnums=argnums, has_aux=has_aux, advance=advance, quantize_once=quantize_once
+        f,
+        1,
+        argnums=argnums,
+        has_aux=has_aux,
+        advance=advance,
+        quantize_once=quantize_once,
+        probes=probes,
     )
 
 
@@ -69,6 +76,7 @@ def accumulate(
     has_aux: bool = False,
     advance: bool = True,
     quantize_once: bool = False,
+    probes: bool = False,
 ) -> Callable:
     """`value_and_grad` over micro-batches: values and gradients are summed, amaxes maximised.
 
@@ -81,6 +89,7 @@ def accumulate(
       has_aux: see `value_and_grad`; with more than one micro-batch, aux has a leading axis.
       advance: see `value_and_grad`.
       quantize_once: see `value_and_grad`.
+      probes: see `value_and_grad`; micro-batches have one each.
 
     Returns:
       As `value_and_grad`.
@@ -89,13 +98,27 @@ def accumulate(
     @functools.wraps(f)
     def wrapped(*args, **kwargs):
         args = _positional(f, args, kwargs)
-        observers = _observers(args, calibrating=False, quantize_once=quantize_once)
-
-        grad = nnx.value_and_grad(_observed(f, observers), argnums=argnums, has_aux=has_aux)
-        with explaining_refs():
-            out = _sum_micro_batches(grad, micro_batches, argnums, has_aux)(*args)
-        _collect(args, [observer.ref[...] for observer in observers], advance=advance)
-        return out
+        probed = attach_probes(args, argnums) if probes else {}
+        try:
+            observers = _observers(args, calibrating=False, quantize_once=quantize_once)
+            grad = nnx.value_and_grad(
+                _observed(f, observers),
+                argnums=with_probes(argnums) if probed else argnums,
+                has_aux=has_aux,
+            )
+            with explaining_refs():
+                out, (grads, seen) = sum_micro_batches(
+                    split_probes(grad, argnums, probed), micro_batches, argnums, has_aux
+                )(*args)
+        finally:
+            for site in probed.values():
+                site.detach_probe()
+        paths = [path for path, _ in iter_sites(*args)]
+        for path, observer in zip(paths, observers, strict=True):
+            if path not in probed:
+                seen[path] = observer.ref[...]
+        _collect(args, [seen[path] for path in paths], advance=advance)
+        return out, grads
 
     return wrapped
 
@@ -208,16 +231,13 @@ def _observers(
 ) -> list[Observer]:
     kernels = quantize_kernels(args) if quantize_once else {}
 
-    def make_ref(zeros):
-        return jax.new_ref(compat.to_varying(zeros, compat.manual_axes()))
+    def make_ref(site):
+        if site.probe is not None:
+            return None
+        return jax.new_ref(compat.to_varying(site.new_observations(), compat.manual_axes()))
 
     return [
-        Observer.of(
-            path,
-            make_ref(site.new_observations()),
-            calibrating=calibrating,
-            kernel=kernels.get(path),
-        )
+        Observer.of(path, make_ref(site), calibrating=calibrating, kernel=kernels.get(path))
         for path, site in iter_sites(*args)
     ]
 
@@ -252,62 +272,3 @@ def _collect(args: Sequence[Any], seen: Sequence[jax.Array], *, advance: bool) -
     shaped = [x.reshape(state["pending"].shape) for x, state in zip(seen, states, strict=True)]
     for site, state in zip(found, add_observations(states, shaped), strict=True):
         site.set_scaling(advance_state(state) if advance else state)
-
-
-def _sum_micro_batches(
-    grad: Callable, micro_batches: int, argnums: ArgNums, has_aux: bool
-) -> Callable:
-    if micro_batches == 1:
-        return grad
-
-    def wrapped(*args):
-        nodes, arrays, others = kinds_of(args)
-        _check_not_split(argnums, arrays)
-        parts = jax.tree.map(lambda leaf: split_micro_batches(leaf, micro_batches), arrays)
-
-        def micro_batch(nodes, part):
-            merged = {**nodes, **part, **others}
-            out, grads = grad(*(merged[i] for i in range(len(args))))
-            value, aux = out if has_aux else (out, None)
-            return value, grads, aux
-
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
-        def rest(carry, part):
-            nodes, total = carry
-            value, grads, aux = micro_batch(nodes, part)
-            return (nodes, jax.tree.map(jnp.add, total, (value, grads))), aux
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        value, grads, aux = micro_batch(nodes, first)
-        (_, (value, grads)), more = rest(
-            (nodes, (value, grads)), jax.tree.map(lambda x: x[1:], parts)
-        )
-        if not has_aux:
-            return value, grads
-        aux = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), aux, more)
-        return (value, aux), grads
-
-    return wrapped
-
-
-def kinds_of(args: Sequence[Any]) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
-    """Arguments by number: NNX objects (models), arrays (the batch), all others (flags)."""
-    nodes = {i: x for i, x in enumerate(args) if _holds(x, nnx.Pytree | nnx.Variable)}
-    arrays = {i: x for i, x in enumerate(args) if i not in nodes and _holds(x, ArrayLike)}
-    others = {i: x for i, x in enumerate(args) if i not in nodes and i not in arrays}
-    return nodes, arrays, others
-
-
-def _holds(x: Any, kind: Any) -> bool:
-    return any(isinstance(value, kind) for _, value in nnx.iter_graph(x))
-
-
-def _check_not_split(argnums: ArgNums, arrays: dict[int, Any]) -> None:
-    for arg in argnums if isinstance(argnums, Sequence) else (argnums,):
-        number = arg.argnum if isinstance(arg, nnx.DiffState) else arg
-        if number in arrays:
-            raise UserError(
-                f"accumulate: argument {number} is differentiated, but holds arrays outside NNX "
-                "objects, which are split into micro-batches. Put what is trained into an "
-                "nnx.Module, or use value_and_grad."
-            )

@@ -4,12 +4,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
 from lowprec_jax import state
 from lowprec_jax.nnx.grad import observing, scaling_state
-from lowprec_jax.nnx.sites import Observer, flat, iter_sites
+from lowprec_jax.nnx.sites import Observer, iter_sites
 from lowprec_jax.state.probes import one_copy
 
 
@@ -30,14 +29,16 @@ def probing(
       probes: from `make_probes`: one copy, or the part of the copies that a device sees.
       calibrating: compute in high precision and only observe.
     """
-    observers = []
-    for path, site in iter_sites(model):
-        axes, rows = len(site.stack), flat(site.stack)
-        probe = one_copy(probes[path], axes + 2)
-        rows_of = jax.tree.map(lambda x, axes=axes, n=rows: x.reshape((*n, *x.shape[axes:])), probe)
-        observers.append(Observer.of(path, rows_of, calibrating=calibrating))
-    with observing((model,), observers):
-        yield
+    found = list(iter_sites(model))
+    observers = [Observer.of(path, None, calibrating=calibrating) for path, _ in found]
+    for path, site in found:
+        site.attach_probe(one_copy(probes[path], len(site.stack) + 2))
+    try:
+        with observing((model,), observers):
+            yield
+    finally:
+        for _, site in found:
+            site.detach_probe()
 
 
 def collect_probes(model: nnx.Module, seen: dict[str, Any], *, advance: bool = True) -> None:

@@ -30,6 +30,13 @@ class QuantizedKernel(nnx.Variable):
     """A kernel quantized once for all calls of a step; exists during an observed call only."""
 
 
+class Observation(nnx.Variable):
+    """A `lowprec_jax.ops.Probe` of a call site; exists during an observed call only.
+
+    An `nnx.Variable`, so that a scan over a stack of layers hands every layer its own.
+    """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observer:
     """Where a call site writes during one observed call.
@@ -38,7 +45,7 @@ class Observer:
     transforms return the arrays of a module from every traced function, which JAX forbids for refs.
 
     Attributes:
-      ref: f32[3, 5], of a stack f32[layers, 3, 5]; or a `lowprec_jax.ops.Probe` of that shape.
+      ref: f32[3, 5], of a stack f32[layers, 3, 5]; None where the site has a probe.
       calibrating: compute in high precision and only observe.
       seed: what tells call sites apart in random keys.
       kernel: the kernel, from `lowprec_jax.ops.quantize_rhs`, for all calls; None: each quantizes.
@@ -58,11 +65,7 @@ class Observer:
 
     def sink(self, index: jax.Array | None) -> Any:
         """The sink of one layer of the stack; None: there is no stack."""
-        if index is None:
-            return self.ref
-        if isinstance(self.ref, ops.Probe):
-            return jax.tree.map(lambda rows: rows[index], self.ref)
-        return ops.IndexedSink(self.ref, index)
+        return self.ref if index is None else ops.IndexedSink(self.ref, index)
 
 
 class Site(nnx.Module):
@@ -80,6 +83,7 @@ class Site(nnx.Module):
         self.observer: Observer | None = nnx.static(None)
         self.index: SiteIndex | None = nnx.data(None)
         self.kernel: QuantizedKernel | None = nnx.data(None)
+        self.probe: Observation | None = nnx.data(None)
 
     def get_scaling(self) -> dict[str, jax.Array]:
         """The scaling state; empty for a recipe without state."""
@@ -99,7 +103,7 @@ class Site(nnx.Module):
         observer = self.observer
         if observer is not None:
             index = None if self.index is None else self.index.get_value()
-            state["sink"] = observer.sink(index)
+            state["sink"] = observer.sink(index) if self.probe is None else self.probe.get_value()
             if observer.calibrating:
                 state.pop("amax_history", None)
             if "counter" in state:
@@ -116,6 +120,14 @@ class Site(nnx.Module):
         if stack:
             index = jnp.arange(math.prod(stack), dtype=jnp.int32).reshape(stack)
             self.index = nnx.data(SiteIndex(index))
+
+    def attach_probe(self, probe: ops.Probe) -> None:
+        """Lets the site observe into a probe f32[*stack, 3, 5] instead of a ref."""
+        self.probe = nnx.data(Observation(probe))
+
+    def detach_probe(self) -> None:
+        """Takes the probe away."""
+        self.probe = nnx.data(None)
 
     def stop_observing(self) -> None:
         """Disconnects the site."""

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from lowprec_jax.numerics.formats import Format
-from lowprec_jax.numerics.scaling import magnitude_bits, reciprocal
+from lowprec_jax.numerics.scaling import reciprocal
 
 _INFINITY = 0x7F800000  # as bits of f32
 
@@ -62,8 +62,8 @@ def range_counts(x: jax.Array, factor: jax.Array, fmt: Format) -> jax.Array:
       factor: what it is multiplied with before the cast, f32, broadcastable to `x`.
       fmt: the format it is quantized to.
     """
-    bits = lax.expand_dims(magnitude_bits(x), (0, 1))
-    magnitude = lax.bitcast_convert_type(bits, jnp.float32)
+    magnitude = lax.convert_element_type(lax.abs(lax.expand_dims(x, (0, 1))), jnp.float32)
+    bits = lax.bitcast_convert_type(magnitude, jnp.int32)  # see `magnitude_bits`
     factor = factor if factor.ndim == 0 else jnp.broadcast_to(factor, magnitude.shape)
     scaled = lax.mul(magnitude, factor)
     small = lax.le(scaled, np.float32(fmt.underflow_bound))

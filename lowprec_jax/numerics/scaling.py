@@ -18,6 +18,7 @@ MIN_SCALE = 2.0**-126
 MAX_SCALE = 2.0**126
 # XLA flushes subnormal f32 to zero on CPU: an amax below this counts as zero everywhere.
 MIN_AMAX = 2.0**-126
+_MINUS_ONE = np.float32(-1).view(np.uint32)
 
 
 def compute_amax(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
@@ -58,7 +59,7 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
 
 def usable(amax: jax.Array) -> jax.Array:
     """Whether an amax says something about the range: a normal, finite f32 number."""
-    return (amax >= MIN_AMAX) & (amax < jnp.inf)
+    return lax.bitwise_and(lax.ge(amax, np.float32(MIN_AMAX)), lax.lt(amax, np.float32(np.inf)))
 
 
 def scale_from_amax(
@@ -104,16 +105,24 @@ def scale_from_history(amax: jax.Array, factor: np.ndarray, powers_of_two: np.nd
       factor: the `scale_factor` of each result, f32, broadcastable to ``amax[..., 0]``.
       powers_of_two: whether a scale is rounded up to a power of two, bool, of the same shape.
     """
-    scale = _scaled(amax, factor[..., None])
+    # Repeated by NumPy: a `lax.scan` hoists a broadcast of constants, into a kernel of its own.
+    factor = np.repeat(factor[..., None], amax.shape[-1], axis=-1)
+    shape = np.broadcast_shapes(amax.shape, factor.shape)
+    amax = jnp.broadcast_to(amax, shape)
+    scale = _scaled(amax, jnp.broadcast_to(factor, shape))
     if powers_of_two.any():
         scale = jnp.where(powers_of_two[..., None], round_up_to_power_of_two(scale), scale)
-    # -1 is less than every scale, and its magnitude is what stands for none.
-    known = jnp.where(usable(amax), scale, -1.0)
+    # -1 is less than every scale, and its magnitude is what stands for none. It is made from the
+    # scales so that it is not hoisted either.
+    bits = lax.bitcast_convert_type(scale, jnp.uint32)
+    minus_one = lax.bitwise_or(lax.bitwise_and(bits, np.uint32(0)), _MINUS_ONE)
+    none = lax.bitcast_convert_type(minus_one, jnp.float32)
+    known = lax.select(usable(amax), scale, none)
     return lax.abs(lax.reduce(known, np.float32(-1), lax.max, (known.ndim - 1,)))
 
 
-def _scaled(amax: jax.Array, factor: np.ndarray | np.float32) -> jax.Array:
-    return lax.clamp(np.float32(MIN_SCALE), amax * factor, np.float32(MAX_SCALE))
+def _scaled(amax: jax.Array, factor: jax.Array | np.float32) -> jax.Array:
+    return lax.clamp(np.float32(MIN_SCALE), lax.mul(amax, factor), np.float32(MAX_SCALE))
 
 
 def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
@@ -130,4 +139,4 @@ def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
 
 def reciprocal(scale: jax.Array) -> jax.Array:
     """1 / scale, f32: the factor that quantizing multiplies with."""
-    return lax.div(lax.full_like(scale, 1), scale)
+    return lax.div(np.float32(1), scale)

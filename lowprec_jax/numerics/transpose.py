@@ -34,7 +34,7 @@ def transpose(codes: jax.Array, order: Sequence[int]) -> jax.Array:
     if dtype.itemsize != 1:
         return codes.transpose(order)
     source = lax.bitcast_convert_type(codes, jnp.uint8) if _is_f8(dtype) else codes
-    moved = _transpose_bytes(source, order)
+    moved = _transpose_bytes(source, order=order)
     return lax.bitcast_convert_type(moved, dtype) if _is_f8(dtype) else moved
 
 
@@ -42,6 +42,8 @@ def _is_f8(dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits == 8
 
 
+# Compiled by itself, so that the loop is traced and lowered once for arrays of equal shapes.
+@functools.partial(jax.jit, static_argnames="order")
 def _transpose_bytes(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     small = x.size < _MIN_SIZE or x.shape[order[-1]] < _ROWS
     if small or order[-1] == x.ndim - 1 or compat.explicit_shardings(x)[0] is not None:
@@ -56,19 +58,24 @@ def _transpose_bytes(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 def _in_blocks(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
     axis, last = order[-1], x.ndim - 1
     size = x.shape[axis]
+    origin = [np.int32(0)] * x.ndim
 
     def move(start, rows, out):
-        block = lax.dynamic_slice_in_dim(x, start, rows, axis)
-        return lax.dynamic_update_slice_in_dim(out, block.transpose(order), start, last)
+        shape = [*x.shape[:axis], rows, *x.shape[axis + 1 :]]
+        source, target = ([*origin[:i], start, *origin[i + 1 :]] for i in (axis, last))
+        block = lax.dynamic_slice(x, source, shape, allow_negative_indices=False)
+        moved = lax.transpose(block, order)
+        return lax.dynamic_update_slice(out, moved, target, allow_negative_indices=False)
 
     # Zeros made from `x`, so that no `lax.scan` hoists them; XLA sees that they are constant. All
     # are overwritten, but `x` itself in their place would be computed twice.
-    out = (x & np.zeros((), x.dtype)).reshape([x.shape[i] for i in order])
-    whole = size - size % _ROWS
+    zeros = lax.bitwise_and(x, np.zeros((), x.dtype))
+    out = lax.reshape(zeros, [x.shape[i] for i in order])
+    whole = np.int32(size - size % _ROWS)
     # No `lax.fori_loop`, which is a scan here: differentiated, it stacks what its steps start at.
     _, out = lax.while_loop(
-        lambda carry: carry[0] < whole,
-        lambda carry: (carry[0] + _ROWS, move(carry[0], _ROWS, carry[1])),
+        lambda carry: lax.lt(carry[0], whole),
+        lambda carry: (lax.add(carry[0], np.int32(_ROWS)), move(carry[0], _ROWS, carry[1])),
         (jnp.int32(0), out),
     )
     return move(whole, size % _ROWS, out) if size % _ROWS else out

@@ -77,11 +77,20 @@ def upcast(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
 def upcast_operand(
     codes: jax.Array, fmt: Format, dtype, values: jax.Array | None = None
 ) -> jax.Array:
-    """The codes in a wider type; a function that `count_gemms` knows by name."""
+    """The codes in a wider type, in a form that `count_gemms` knows.
+
+    That is a conversion of codes, which it sees, or a function that it knows by name.
+    """
+    if values is None and codes.dtype == fmt.native_dtype and dtype == jnp.bfloat16:
+        return decode(codes, fmt, dtype)
+    return _upcast_operand(codes, fmt, dtype, values)
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
+def _upcast_operand(codes: jax.Array, fmt: Format, dtype, values: jax.Array | None) -> jax.Array:
     if values is None:
         return decode(codes, fmt, dtype)
     return narrow_to_bf16(values) if dtype == jnp.bfloat16 else values.astype(dtype)

@@ -20,16 +20,8 @@ from lowprec_jax import compat
 from lowprec_jax.numerics import Quantizer
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.conv_product import Convolution, multiply
-from lowprec_jax.ops.operands import (
-    Forms,
-    amaxes_of,
-    as_codes,
-    forms_of,
-    keep,
-    known_of,
-    observation_of,
-    observe,
-)
+from lowprec_jax.ops.observation import amaxes_of, observation_of, observe
+from lowprec_jax.ops.operands import Forms, as_codes, forms_of, keep, known_of
 from lowprec_jax.ops.randomness import rounding_key
 from lowprec_jax.ops.site_state import (
     Rounding,

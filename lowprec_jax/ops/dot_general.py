@@ -20,11 +20,11 @@ from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.ops import sinks
 from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, gather, reduce_scatter
+from lowprec_jax.ops.observation import amaxes_of, observation_of, observe
 from lowprec_jax.ops.operands import (
     Known,
     Operand,
     Scales,
-    amaxes_of,
     as_bytes,
     as_codes,
     can_gather_codes,
@@ -32,8 +32,6 @@ from lowprec_jax.ops.operands import (
     gathered,
     keep,
     known_of,
-    observation_of,
-    observe,
     without_scale,
 )
 from lowprec_jax.ops.product import product
@@ -272,7 +270,7 @@ def _with_scale(x: Operand, known: Known, role: Role, which: int) -> Operand:
     if not isinstance(x, ScaledArray) or x.scale is not None:
         return x
     assert isinstance(known, Scales)
-    return dataclasses.replace(x, scale=known.of(role, which)["scale"])
+    return dataclasses.replace(x, scale=known.scale_of(role, which))
 
 
 _dot.defvjp(_fwd, _bwd)

@@ -7,41 +7,38 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lowprec_jax import compat
-from lowprec_jax.numerics import (
-    Quantizer,
-    ScaledArray,
-    compute_amax,
-    range_counts,
-    range_numbers,
-    reciprocal,
-    spread,
-)
-from lowprec_jax.numerics.scaling import magnitude_bits
+from lowprec_jax.numerics import Quantizer, ScaledArray, compute_amax, reciprocal
 from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, all_gather
-from lowprec_jax.recipes import Column, Recipe, Role, history_scales
+from lowprec_jax.recipes import Recipe, Role, history_scales
 
 # One side of a GEMM: quantized, or as it is for a GEMM in high precision.
 Operand = ScaledArray | jax.Array
 
 
 class Scales(NamedTuple):
-    """What delayed scaling knows: f32[3, 2], see `history_scales`, and ``1 / scale``."""
+    """What delayed scaling knows: f32[*stack, 3, 2], see `history_scales`, and ``1 / scale``."""
 
     scale: jax.Array
     reciprocal: jax.Array
 
-    def of(self, role: Role, which: int) -> dict[str, jax.Array]:
-        """Scale and reciprocal f32 [] of a role in the first or the second GEMM that uses it."""
-        scale, factor = (
-            lax.reshape(lax.slice(x, (role, which), (role + 1, which + 1)), ()) for x in self
-        )
-        return {"scale": scale, "factor": factor}
+    def scale_of(self, role: Role, which: int) -> jax.Array:
+        """The scale f32[*stack] of a role in the first or the second GEMM that uses it."""
+        return _entry(self.scale, role, which)
+
+    def factor_of(self, role: Role, which: int) -> jax.Array:
+        """The reciprocal of `scale_of`."""
+        return _entry(self.reciprocal, role, which)
+
+
+def _entry(x: jax.Array, row: int, column: int) -> jax.Array:
+    stack = x.shape[:-2]
+    entry = lax.slice(x, (*(0,) * len(stack), row, column), (*stack, row + 1, column + 1))
+    return lax.reshape(entry, stack)
 
 
 # Current scaling knows the amaxes of tensors, f32 [].
@@ -88,8 +85,7 @@ def forms_of(
     own, other = dims.groups[role]
     reused = second is not None and second.axes == "forward"
     layouts = (own, other), ((own, other) if reused else (other, own))
-    # A kernel is upcast from its codes again in the backward pass, once if XLA sees both.
-    make = functools.partial(_form, x, recipe=recipe, key=key, with_values=role != Role.RHS)
+    make = functools.partial(_form, x, recipe=recipe, key=key, role=role)
     form = make(first, layouts[0], _known(known, role, 0)) if given is None else given
     if _same_form(x, first, layouts[0], second, layouts[1]):
         return Forms(form, form)
@@ -98,7 +94,9 @@ def forms_of(
 
 def _known(known: Known, role: Role, which: int) -> Mapping[str, jax.Array | None]:
     """What a quantizer takes: the amax of a tensor, or scale and reciprocal of one of its forms."""
-    return known.of(role, which) if isinstance(known, Scales) else {"tensor_amax": known.get(role)}
+    if isinstance(known, Scales):
+        return {"scale": known.scale_of(role, which), "factor": known.factor_of(role, which)}
+    return {"tensor_amax": known.get(role)}
 
 
 Layout = tuple[Sequence[int], Sequence[int]]
@@ -113,7 +111,7 @@ def _same_form(x, first: Quantizer | None, a: Layout, second: Quantizer | None, 
 
 
 def _form(
-    x, quantizer: Quantizer | None, layout: Layout, known, *, recipe: Recipe, key, with_values: bool
+    x, quantizer: Quantizer | None, layout: Layout, known, *, recipe: Recipe, key, role: Role
 ) -> Operand:
     if quantizer is None:
         return x
@@ -122,7 +120,17 @@ def _form(
     if rotated is not x and quantizer.needs_tensor_amax:
         known = {"tensor_amax": current_amax({Role.LHS: rotated}, recipe)[Role.LHS]}
     tile = quantizer.tile(rotated.shape, contracted, free)
-    return quantizer(rotated, tile, **known, key=key, with_values=with_values)
+    return quantizer(rotated, tile, **known, key=key, with_values=_needs_values(role, quantizer))
+
+
+def _needs_values(role: Role, quantizer: Quantizer) -> bool:
+    """Whether a matmul that upcasts an operand should take the rounded values, not the codes.
+
+    A kernel is upcast from its codes again in the backward pass, once if XLA sees both. The codes
+    of an input are made for the backward pass in any case; most are one conversion away from bf16.
+    """
+    converts = quantizer.per_tensor and quantizer.format.dtype == quantizer.format.native_dtype
+    return role == Role.OUTPUT_GRAD or (role == Role.LHS and not converts)
 
 
 def known_of(
@@ -251,51 +259,6 @@ def as_codes(x: Operand) -> Operand:
         return x
     dtype = x.format.dtype
     return _map_data(lambda data: lax.bitcast_convert_type(data, dtype), x)
-
-
-def observe(
-    operands: Mapping[Role, tuple[jax.Array, Forms]], recipe: Recipe, known: Known
-) -> jax.Array:
-    """`range_counts` int32[n, 4] of some operands, in their forms: a row for each, in order."""
-    rows = [_row(x, role, forms, recipe, known) for role, (x, forms) in operands.items()]
-    return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
-
-
-def amaxes_of(counts: jax.Array) -> jax.Array:
-    """The amaxes among the rows of `observe`, of the first roles, as an observation f32[3, 5]."""
-    bits = lax.slice_in_dim(counts, 0, 1, axis=1)
-    return _padded(lax.bitcast_convert_type(bits, jnp.float32))
-
-
-def observation_of(counts: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """An observation f32[3, 5] of the rows of `observe`, of the first roles, and their sizes."""
-    elements = np.array(sizes, np.float32)[:, None]
-    return _padded(lax.concatenate((range_numbers(counts), elements), 1))
-
-
-def _padded(x: jax.Array) -> jax.Array:
-    rows, columns = len(Role) - x.shape[0], len(Column) - x.shape[1]
-    if not rows and not columns:
-        return x
-    return lax.pad(x, np.float32(0), ((0, rows, 0), (0, columns, 0)))
-
-
-def _row(x: jax.Array, role: Role, forms: Forms, recipe: Recipe, known: Known) -> jax.Array:
-    """int32[1, 4]; only the amax in high precision."""
-    index = next(
-        (i for i, q in enumerate(recipe.quantizers_of(role)) if q and not q.hadamard), None
-    )
-    if index is None:
-        bits = lax.reshape(magnitude_bits(compute_amax(x)), (1, 1))
-        return lax.concatenate((bits, np.zeros((1, 3), np.int32)), 1)
-    form = forms[index]
-    assert isinstance(form, ScaledArray)
-    if isinstance(known, Scales):
-        factor = known.of(role, index)["factor"]
-    else:
-        scale = spread(form.scale, x.shape, form.tile)
-        factor = reciprocal(scale if form.global_scale is None else scale * form.global_scale)
-    return range_counts(x, factor, form.format)
 
 
 def _map_data(f: Callable[[jax.Array], jax.Array], x: ScaledArray) -> ScaledArray:

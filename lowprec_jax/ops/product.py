@@ -120,6 +120,8 @@ def _factors_out(x: ScaledArray, contracted: tuple[int, ...]) -> bool:
 
 def _output_scale(left: ScaledArray, right: ScaledArray, dimensions: DotDimensions) -> jax.Array:
     """The product of the scales in the layout of the result: batch, free left, free right axes."""
+    if left.per_tensor and right.per_tensor:
+        return lax.mul(left.scale, right.scale)
     (contracted_left, contracted_right), (batch_left, batch_right) = dimensions
     free_left = left.data.ndim - len(contracted_left) - len(batch_left)
     free_right = right.data.ndim - len(contracted_right) - len(batch_right)

@@ -19,7 +19,7 @@ _TRANSPARENT = {
 _MATMULS = {"stablehlo.dot_general", "stablehlo.convolution", "chlo.ragged_dot"}
 _LOW_PRECISION = ("f8", "f6", "f4", "i8", "i4")
 # Functions of `lowprec_jax.ops` whose results are codes in a wider type, times their scales or not.
-_UPCASTS = ("upcast_operand", "dequantized_operand")
+_UPCASTS = ("_upcast_operand", "dequantized_operand")
 
 
 class GemmCount(NamedTuple):

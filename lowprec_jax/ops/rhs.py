@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lowprec_jax.numerics import ScaledArray
@@ -48,15 +49,31 @@ def quantize_rhs(
     recipe = get_recipe(recipe)
     if recipe.fwd is None or recipe.fwd.right is None or (recipe.delayed and history is None):
         return None
+    rhs = lax.stop_gradient(rhs)
+    if recipe.delayed and not recipe.fwd.right.hadamard:  # whose scale is one per tensor
+        return _form_by_history(rhs, history, recipe=recipe)
     make = functools.partial(
         _first_form, contracted=tuple(contracted), recipe=recipe, gather=gather
     )
     for _ in range(stack):
         make = jax.vmap(make)
-    return make(lax.stop_gradient(rhs), history if recipe.delayed else None)
+    return make(rhs, history if recipe.delayed else None)
 
 
-# Compiled by itself, so that kernels of equal shapes are traced and lowered once.
+# Compiled by themselves, so that kernels of equal shapes are traced and lowered once.
+@functools.partial(jax.jit, static_argnames="recipe")
+def _form_by_history(rhs: jax.Array, history: jax.Array, *, recipe: Recipe) -> Operand | None:
+    """Of a stack too, without `jax.vmap`, which traces everything twice."""
+    assert recipe.fwd is not None
+    assert recipe.fwd.right is not None
+    known = known_of({}, recipe, history)
+    assert isinstance(known, Scales)
+    scale, factor = known.scale_of(Role.RHS, 0), known.factor_of(Role.RHS, 0)
+    factor = lax.reshape(factor, (*factor.shape, *(1,) * (rhs.ndim - factor.ndim)))
+    form = recipe.fwd.right(rhs, scale=scale, factor=jnp.broadcast_to(factor, rhs.shape))
+    return without_scale(as_bytes(form))
+
+
 @functools.partial(jax.jit, static_argnames=("contracted", "recipe", "gather"))
 def _first_form(rhs: jax.Array, history: jax.Array | None, *, contracted, recipe, gather):
     free = tuple(axis for axis in range(rhs.ndim) if axis not in contracted)

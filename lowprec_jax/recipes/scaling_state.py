@@ -111,30 +111,41 @@ def advance_state(state: State, when: jax.Array | bool = True) -> State:
 @jax.jit
 def _advance(state: State, when: jax.Array | None) -> State:
     pending, record = state["pending"], state["observed"]
-    amax, size = pending[..., : Column.AMAX + 1], pending[..., Column.SIZE :]
+    last = pending.ndim - 1
+    amax, _, size = lax.split(pending, (1, len(Column) - 2, 1), axis=last)
+    before, age, dropped = lax.split(record, (len(Column), 1, 1), axis=last)
     # An amax without a size comes from a layer whose backward pass did not run.
-    done = amax + size != 0
-    pushed = usable(amax)
+    done, pushed = lax.ne(amax + size, np.float32(0)), usable(amax)
     if when is not None:
         done, pushed = done & when, pushed & when
-    new = {"pending": jnp.zeros_like(pending) if when is None else jnp.where(done, 0, pending)}
+    zeros = lax.full_like(pending, 0)
+    new = {"pending": zeros if when is None else _where(done, zeros, pending)}
     if "amax_history" in state:
         history = state["amax_history"]
-        shifted = jnp.concatenate([amax, history[..., :-1]], axis=-1)
-        new["amax_history"] = jnp.where(pushed, shifted, history)
-        before, after = (x.max(-1, keepdims=True) for x in (history, new["amax_history"]))
-        moved = after != before
+        kept = lax.slice_in_dim(history, 0, history.shape[-1] - 1, axis=last)
+        new["amax_history"] = _where(pushed, lax.concatenate((amax, kept), last), history)
+        moved = lax.ne(_largest(new["amax_history"]), _largest(history))
     else:
-        moved = amax != record[..., : Column.AMAX + 1]
-    observed = jnp.where(jnp.isfinite(pending), pending, 0)  # what is kept, and saved, always is
-    age, dropped = record[..., Record.AGE : Record.DROPPED], record[..., Record.DROPPED :]
-    following = jnp.concatenate([observed, jnp.where(moved, 0.0, age + 1)], axis=-1)
-    following = jnp.where(done, following, record[..., : Record.DROPPED])
-    lost = (done & ~pushed).astype(jnp.float32)
-    new["observed"] = jnp.concatenate([following, dropped + lost], axis=-1)
+        moved = lax.ne(amax, lax.slice_in_dim(before, Column.AMAX, Column.AMAX + 1, axis=last))
+    observed = _where(lax.is_finite(pending), pending, zeros)  # what is kept, and saved, always is
+    older = _where(moved, lax.full_like(age, 0), age + 1)
+    following = _where(
+        done, lax.concatenate((observed, older), last), lax.concatenate((before, age), last)
+    )
+    lost = lax.convert_element_type(done & ~pushed, jnp.float32)
+    new["observed"] = lax.concatenate((following, dropped + lost), last)
     if "counter" in state:
         new["counter"] = state["counter"] + (1.0 if when is None else when.astype(jnp.float32))
     return new
+
+
+def _where(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.where`, of which each is traced as a function."""
+    return lax.select(jnp.broadcast_to(condition, a.shape), a, b)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    return lax.expand_dims(lax.reduce(x, np.float32(0), lax.max, (x.ndim - 1,)), (x.ndim - 1,))
 
 
 def history_amax(state: State) -> jax.Array:
@@ -156,7 +167,9 @@ def history_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
     factors = [[scale_factor(q.format, q.margin) if q else 1 for q in both] for both in quantizers]
     powers = [[q is not None and q.scale == "power_of_two" for q in both] for both in quantizers]
     scales = scale_from_history(
-        history[..., None, :], np.array(factors, np.float32), np.array(powers)
+        lax.expand_dims(history, (history.ndim - 1,)),
+        np.array(factors, np.float32),
+        np.array(powers),
     )
     measured = np.array([[bool(q and q.needs_tensor_amax) for q in both] for both in quantizers])
     return scales if measured.all() else jnp.where(measured, scales, 1.0)

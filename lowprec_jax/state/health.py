@@ -25,15 +25,14 @@ class Health(NamedTuple):
       underflow: fraction of elements, not zero, that rounded to zero.
       nonfinite: number of NaN and infinite elements.
       scale_age: steps since the scale moved, the largest of any operand that was observed.
-      worst: the operand with the largest saturated + underflow fraction; a name in the result of
-        `health`, an index into `operand_names` in that of `summarize`.
+      worst: name of the operand with the largest saturated + underflow fraction.
     """
 
-    saturated: float | jax.Array
-    underflow: float | jax.Array
-    nonfinite: float | jax.Array
-    scale_age: float | jax.Array
-    worst: str | jax.Array
+    saturated: float
+    underflow: float
+    nonfinite: float
+    scale_age: float
+    worst: str
 
 
 class OperandColumn(enum.IntEnum):
@@ -45,6 +44,7 @@ class OperandColumn(enum.IntEnum):
     UNDERFLOW: fraction of elements, not zero, that rounded to zero.
     NONFINITE: number of NaN and infinite elements.
     AGE: steps since the scale moved.
+    SIZE: number of elements that were observed.
     """
 
     AMAX = 0
@@ -53,22 +53,34 @@ class OperandColumn(enum.IntEnum):
     UNDERFLOW = 3
     NONFINITE = 4
     AGE = 5
+    SIZE = 6
 
 
-def summarize(tree: Tree) -> Health | None:
-    """Health as f32 scalars on the device, for use inside a compiled step; None without sites."""
-    found = [site for _, site in sites(tree)]
-    if not found:
-        return None
-    records = _records(found)
-    saturated, underflow, size = (
-        records[:, column] for column in (Column.SATURATED, Column.UNDERFLOW, Column.SIZE)
+def summarize(table: np.ndarray, names: Sequence[str]) -> Health:
+    """Health of a model from an `operand_table` on the host.
+
+    Args:
+      table: f32[n, 7].
+      names: `operand_names` of the model.
+
+    Raises:
+      ValueError: more or fewer names than rows.
+    """
+    if len(names) != len(table):
+        raise ValueError(f"summarize: {len(names)} names for {len(table)} operands.")
+    if not names:
+        return Health(0.0, 0.0, 0.0, 0.0, "")
+    lost = table[:, OperandColumn.SATURATED] + table[:, OperandColumn.UNDERFLOW]
+    columns = table.astype(np.float64).T
+    size = columns[OperandColumn.SIZE]
+    elements = max(size.sum(), 1.0)
+    return Health(
+        float(columns[OperandColumn.SATURATED] @ size / elements),
+        float(columns[OperandColumn.UNDERFLOW] @ size / elements),
+        float(columns[OperandColumn.NONFINITE].sum()),
+        float(columns[OperandColumn.AGE].max()),
+        names[int(lost.argmax())],
     )
-    lost = (saturated + underflow) / jnp.maximum(size, 1)
-    counts = saturated, underflow, _nonfinite(records), size
-    (saturated, underflow, nonfinite, size), age = _totals(counts, records[:, Record.AGE])
-    elements = jnp.maximum(size, 1)
-    return Health(saturated / elements, underflow / elements, nonfinite, age, lost.argmax())
 
 
 def operand_table(tree: Tree, recipes: Recipe | Mapping[str, Recipe]) -> jax.Array:
@@ -80,7 +92,7 @@ def operand_table(tree: Tree, recipes: Recipe | Mapping[str, Recipe]) -> jax.Arr
         holds amaxes; which scale they make is the recipe's affair.
 
     Returns:
-      f32[n, 6]: rows as in `operand_names`, columns as in `OperandColumn`. The scale is the one in
+      f32[n, 7]: rows as in `operand_names`, columns as in `OperandColumn`. The scale is the one in
       force: with delayed scaling that of the next step, with current scaling that of the step that
       was observed, in the first of the formats that the operand is quantized to.
 
@@ -91,15 +103,20 @@ def operand_table(tree: Tree, recipes: Recipe | Mapping[str, Recipe]) -> jax.Arr
     if not found:
         return jnp.zeros((0, len(OperandColumn)), jnp.float32)
     states = [site for _, site in found]
-    records = _records(states)
-    size = jnp.maximum(records[:, Column.SIZE], 1)
+    return _table(states, _scales(states, [_recipe(recipes, path) for path, _ in found]))
+
+
+def _table(states: Sequence[Site], scale: jax.Array | None) -> jax.Array:
+    found = _columns(_records(states))
+    elements = lax.max(found[Column.SIZE], np.float32(1))
     columns = {
-        OperandColumn.AMAX: records[:, Column.AMAX],
-        OperandColumn.SCALE: _scales(states, [_recipe(recipes, path) for path, _ in found]),
-        OperandColumn.SATURATED: records[:, Column.SATURATED] / size,
-        OperandColumn.UNDERFLOW: records[:, Column.UNDERFLOW] / size,
-        OperandColumn.NONFINITE: _nonfinite(records),
-        OperandColumn.AGE: records[:, Record.AGE],
+        OperandColumn.AMAX: found[Column.AMAX],
+        OperandColumn.SCALE: jnp.zeros_like(elements) if scale is None else scale,
+        OperandColumn.SATURATED: found[Column.SATURATED] / elements,
+        OperandColumn.UNDERFLOW: found[Column.UNDERFLOW] / elements,
+        OperandColumn.NONFINITE: _nonfinite(found),
+        OperandColumn.AGE: found[Record.AGE],
+        OperandColumn.SIZE: found[Column.SIZE],
     }
     return jnp.stack([columns[column] for column in OperandColumn], axis=-1)
 
@@ -119,8 +136,16 @@ def nonfinite(before: Tree, after: Tree) -> jax.Array:
     if not new:
         return jnp.float32(0)
     was, now = _records(old), _records(new)
-    seen = jnp.where((was == now).all(-1), 0, _nonfinite(now))
-    return _totals((seen,), seen)[0][0]
+    counts = _nonfinite(_columns(now))
+    ran = lax.reduce(lax.ne(was, now), np.bool_(False), lax.bitwise_or, (1,))
+    # Two results are one kernel; a reduction to a single one XLA:CPU splits into three.
+    any_ran, total = lax.reduce(
+        (ran, lax.select(ran, counts, lax.full_like(counts, 0))),
+        (np.bool_(False), np.float32(0)),
+        lambda a, b: (lax.bitwise_or(a[0], b[0]), lax.add(a[1], b[1])),
+        (0,),
+    )
+    return lax.select(any_ran, total, np.float32(0))
 
 
 def operand_names(tree: Tree) -> list[str]:
@@ -139,17 +164,10 @@ def health(tree: Tree) -> Health:
     Args:
       tree: scaling state after `advance`.
     """
-    summary = summarize(tree)
-    if summary is None:
+    states = [site for _, site in sites(tree)]
+    if not states:
         return Health(0.0, 0.0, 0.0, 0.0, "")
-    host = jax.device_get(summary)
-    return Health(
-        float(host.saturated),
-        float(host.underflow),
-        float(host.nonfinite),
-        float(host.scale_age),
-        operand_names(tree)[int(host.worst)],
-    )
+    return summarize(jax.device_get(_table(states, None)), operand_names(tree))
 
 
 def _layers(site: Site) -> int:
@@ -163,33 +181,21 @@ def _records(states: Sequence[Site]) -> jax.Array:
     return jnp.concatenate([state["observed"].reshape(-1, columns) for state in states])
 
 
-def _nonfinite(records: jax.Array) -> jax.Array:
+def _columns(records: jax.Array) -> Sequence[jax.Array]:
+    """f32[n] of each of `Column` and `Record`."""
+    columns = lax.split(records, (1,) * records.shape[1], axis=1)
+    return [lax.squeeze(column, (1,)) for column in columns]
+
+
+def _nonfinite(columns: Sequence[jax.Array]) -> jax.Array:
     """Non-finite elements of every operand, f32[n].
 
     A layer whose backward pass did not run has an amax without counts. If it is not finite, it is
     dropped and 0 in the record; then there is one at least.
     """
-    no_count = (records[:, Column.SIZE] == 0) & (records[:, Column.AMAX] == 0)
-    broken = no_count & (records[:, Record.DROPPED] > 0)
-    return jnp.maximum(records[:, Column.NONFINITE], broken.astype(jnp.float32))
-
-
-def _totals(
-    counts: Sequence[jax.Array], ages: jax.Array
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """The sum of every f32[n] of `counts`, and the largest of `ages`.
-
-    One reduction of several arrays is one kernel. XLA:CPU splits that of a single array by call
-    site, and those of 32 rows or more into windows; to compile them took longer than `advance`.
-    """
-
-    def combine(a, b):
-        return *(x + y for x, y in zip(a[:-1], b[:-1], strict=True)), lax.max(a[-1], b[-1])
-
-    # Ages are not negative: 0 is neutral for their maximum too.
-    zeros = (np.float32(0),) * (len(counts) + 1)
-    *sums, oldest = lax.reduce((*counts, ages), zeros, combine, (0,))
-    return tuple(sums), oldest
+    seen = columns[Column.SIZE] + columns[Column.AMAX]  # neither is negative
+    broken = lax.eq(seen, np.float32(0)) & lax.gt(columns[Record.DROPPED], np.float32(0))
+    return lax.max(columns[Column.NONFINITE], lax.convert_element_type(broken, jnp.float32))
 
 
 def _recipe(recipes: Recipe | Mapping[str, Recipe], path: str) -> Recipe:

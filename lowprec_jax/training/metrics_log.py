@@ -161,7 +161,7 @@ def _numbers(record: Record) -> Iterator[tuple[str, float]]:
         if isinstance(value, int | float) and name != "step":
             yield name, value
     for name, row in record.get("operands", {}).items():
-        for column, value in zip(OperandColumn, row, strict=True):
+        for column, value in zip(OperandColumn, row, strict=False):  # sizes are not logged
             yield f"operand/{name}/{column.name.lower()}", value
     for path, value in record.get("sqnr", {}).items():
         yield f"sqnr/{path}", value

@@ -58,14 +58,13 @@ class StepMetrics(NamedTuple):
       grad_norm: global norm of the gradients, before clipping.
       skipped: 1 if the update was skipped because the loss, a gradient or an operand of a quantized
         product was not finite.
-      health: see `lowprec_jax.state.summarize`; None without quantized layers.
-      operands: see `lowprec_jax.state.operand_table`; None without quantized layers.
+      operands: see `lowprec_jax.state.operand_table`; None without quantized layers. The host sums
+        it up, see `lowprec_jax.state.summarize`.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     skipped: jax.Array
-    health: scaling_of.Health | None
     operands: jax.Array | None
 
 
@@ -169,7 +168,6 @@ def build_step(
             loss,
             grad_norm,
             (~finite).astype(jnp.int32),
-            scaling_of.summarize(scaling),
             scaling_of.operand_table(scaling, network.recipes) if network.recipes else None,
         )
         return TrainState(params, scaling, opt_state, reduction, ema, state.step + 1), metrics
@@ -218,7 +216,9 @@ def build_gradients(network: Network, micro_batches: int = 1) -> Callable:
     def gradients(params: Tree, others: Tree, batch: Batch):
         scaling, reduction = others
         model = network.merge(local_copy(params), scaling)
-        value_and_grad = accumulate(_loss(network, batch), micro_batches, quantize_once=True)
+        value_and_grad = accumulate(
+            _loss(network, batch), micro_batches, quantize_once=True, probes=True
+        )
         loss, grads = value_and_grad(model, *batch)
         grads = nnx.to_pure_dict(grads)
         if reduction and device_axes():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lowprec_jax.state import OperandColumn, summarize
 from lowprec_jax.training.efficiency import Clock
 from lowprec_jax.training.metrics_log import MetricsLog, Record
 from lowprec_jax.training.progress_line import ProgressLine
@@ -127,7 +128,7 @@ class StepReader:
         """
         if self._read is None or self._read.metrics.operands is None:
             return {}
-        table = np.asarray(jax.device_get(self._read.metrics.operands))
+        table = np.asarray(jax.device_get(self._read.metrics.operands))[:, : OperandColumn.SIZE]
         # By its shortest text, which names the same float32, a number takes half the place on disk.
         rows = [[float(str(x)) for x in row] for row in table]
         return dict(zip(self._read.names, rows, strict=True))
@@ -158,27 +159,20 @@ class StepReader:
 
 
 def step_record(step: int, metrics: StepMetrics, names: Sequence[str]) -> Record:
-    """A step's scalars as plain numbers; waits until the device has computed them.
+    """A step as plain numbers; waits until the device has computed them.
 
     Args:
       step: number of the step, from 1.
       metrics: from the training step.
       names: `operand_names` of the model.
     """
-    scalars = (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.health)
-    loss, grad_norm, skipped, health = jax.device_get(scalars)
+    loss, grad_norm, skipped, table = jax.device_get(
+        (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.operands)
+    )
     record = {
         "step": step,
         "loss": float(loss),
         "grad_norm": float(grad_norm),
         "skipped": int(skipped),
     }
-    if health is not None:
-        record |= {
-            "saturated": float(health.saturated),
-            "underflow": float(health.underflow),
-            "nonfinite": float(health.nonfinite),
-            "scale_age": float(health.scale_age),
-            "worst": names[int(health.worst)],
-        }
-    return record
+    return record if table is None else record | summarize(np.asarray(table), names)._asdict()

@@ -25,12 +25,12 @@ from .structure import (
 EXPECTED = {
     "fp8_current": Structure(
         compiled=Compiled(dots=3, passes=10, reduces=3, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=3, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=4, reduces=3, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=3, moves=1),
     ),
     "fp8_delayed": Structure(
         compiled=Compiled(dots=3, passes=10, reduces=3, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=3, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=4, reduces=3, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=3, moves=1),
     ),
     "fp8_delayed_hp_forward": Structure(
@@ -55,7 +55,7 @@ EXPECTED = {
     ),
     "fp8_static": Structure(
         compiled=Compiled(dots=3, passes=4, reduces=0, moves=1, loops=0, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=0, moves=1),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=4, reduces=0, moves=1),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=0, moves=1),
     ),
     "none": Structure(
@@ -95,7 +95,7 @@ EXPECTED = {
     ),
     "fp8_delayed, large": Structure(
         compiled=Compiled(dots=3, passes=13, reduces=3, moves=0, loops=1, collectives=0),
-        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=3, reduces=3, moves=0),
+        cpu=Lowered(native=0, upcast=3, other=0, f32=0, encodes=3, decodes=4, reduces=3, moves=0),
         cuda=Lowered(native=3, upcast=0, other=0, f32=0, encodes=3, decodes=0, reduces=3, moves=1),
     ),
 }
