@@ -188,7 +188,8 @@ def _fwd(call: _Call, lhs, rhs, history, sink, codes, rounding: Rounding):
         for x, name in zip(kept, ("quantized_lhs", "quantized_rhs"), strict=True)
     )
     if history is not None:
-        left, right = without_scale(left), without_scale(right)
+        left = without_scale(left, call.recipe.quantizers_of(Role.LHS)[1])
+        right = without_scale(right, call.recipe.quantizers_of(Role.RHS)[1])
     # Codes that were given are kept as they came: a scan stacks nothing that it was given.
     kept = left, codes if right is None else right
     return out, (kept, history, counts, sink, rounding)

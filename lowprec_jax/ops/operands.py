@@ -239,9 +239,11 @@ def can_gather_codes(recipe: Recipe, dims: Dimensions, shape: tuple[int, ...], h
     return True
 
 
-def without_scale(x: Operand | None) -> Operand | None:
-    """What is kept or given where delayed scaling knows the scale anyway."""
-    return dataclasses.replace(x, scale=None) if isinstance(x, ScaledArray) else x
+def without_scale(x: Operand | None, quantizer: Quantizer | None) -> Operand | None:
+    """What is kept or given where delayed scaling knows the scale; a rotated range it does not."""
+    if not isinstance(x, ScaledArray) or quantizer is None or quantizer.hadamard:
+        return x
+    return dataclasses.replace(x, scale=None)
 
 
 def as_bytes(x: Operand) -> Operand:

@@ -71,7 +71,7 @@ def _form_by_history(rhs: jax.Array, history: jax.Array, *, recipe: Recipe) -> O
     scale, factor = known.scale_of(Role.RHS, 0), known.factor_of(Role.RHS, 0)
     factor = lax.reshape(factor, (*factor.shape, *(1,) * (rhs.ndim - factor.ndim)))
     form = recipe.fwd.right(rhs, scale=scale, factor=jnp.broadcast_to(factor, rhs.shape))
-    return without_scale(as_bytes(form))
+    return without_scale(as_bytes(form), recipe.fwd.right)
 
 
 @functools.partial(jax.jit, static_argnames=("contracted", "recipe", "gather"))
@@ -79,8 +79,7 @@ def _first_form(rhs: jax.Array, history: jax.Array | None, *, contracted, recipe
     free = tuple(axis for axis in range(rhs.ndim) if axis not in contracted)
     axes = _KernelAxes([((), ()), (contracted, free), ((), ())])  # by role
     known = known_of({Role.RHS: rhs}, recipe, history, gather)
-    form = as_bytes(forms_of(rhs, Role.RHS, known, recipe, axes).first)
-    return without_scale(form) if isinstance(known, Scales) else form
+    return as_bytes(forms_of(rhs, Role.RHS, known, recipe, axes).first)
 
 
 def checked_codes(quantized: ScaledArray | None, recipe: Recipe) -> Operand | None:

@@ -112,3 +112,32 @@ def assert_same(a, b):
     """Two pytrees are equal bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# A scan over a stack, and two steps of a loss.
+
+LAYERS = 3
+C_STACK = jnp.stack([C, 5 * C, 3 * C])
+
+
+def layer_of_scan(x, layer):
+    return 2 * x, layer(x)
+
+
+def scan(layers, x, body=layer_of_scan):
+    return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(x, layers)[1]
+
+
+def scan_of_remat(layers, x):
+    return scan(layers, x, nnx.remat(layer_of_scan))
+
+
+def lax_scan_of_checkpoint(layers, x):
+    graphdef, state = nnx.split(layers)
+    body = jax.checkpoint(lambda x, s: layer_of_scan(x, nnx.merge(graphdef, s)))
+    return jax.lax.scan(body, x, state)[1]
+
+
+def two_steps(model, loss, *args, **options):
+    step = nnx.jit(lp.nnx.value_and_grad(loss, **options))
+    return [step(model, f * args[0], *args[1:]) for f in (1.0, 2.0)], arrays(model)

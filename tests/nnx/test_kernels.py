@@ -12,46 +12,37 @@ import lowprec_jax as lp
 from lowprec_jax.ops.program import executed_operations
 from lowprec_jax.recipes import get_recipe
 
-from .helpers import HIDDEN, WIDTH, C, Mlp, Pair, X, arrays, assert_same, linear, pair_loss, stack
-
-LAYERS = 3
-C_STACK = jnp.stack([C, 5 * C, 3 * C])
-
-
-def _body(x, layer):
-    return 2 * x, layer(x)
-
-
-def _scan(layers, x, body=_body):
-    return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(x, layers)[1]
-
-
-def _scan_of_remat(layers, x):
-    return _scan(layers, x, nnx.remat(_body))
-
-
-def _lax_scan_of_checkpoint(layers, x):
-    graphdef, state = nnx.split(layers)
-    body = jax.checkpoint(lambda x, s: _body(x, nnx.merge(graphdef, s)))
-    return jax.lax.scan(body, x, state)[1]
-
-
-def _two_steps(model, loss, *args, **options):
-    step = nnx.jit(lp.nnx.value_and_grad(loss, **options))
-    return [step(model, f * args[0], *args[1:]) for f in (1.0, 2.0)], arrays(model)
+from .helpers import (
+    C_STACK,
+    HIDDEN,
+    LAYERS,
+    WIDTH,
+    C,
+    Mlp,
+    Pair,
+    X,
+    assert_same,
+    lax_scan_of_checkpoint,
+    linear,
+    pair_loss,
+    scan,
+    scan_of_remat,
+    stack,
+    two_steps,
+)
 
 
 @pytest.mark.parametrize("recipe", ["fp8_delayed", "fp8_current", "mxfp8", "fp8_block"])
 @pytest.mark.parametrize(
-    "run", [_scan, _scan_of_remat, _lax_scan_of_checkpoint], ids=lambda f: f.__name__.strip("_")
+    "run", [scan, scan_of_remat, lax_scan_of_checkpoint], ids=lambda f: f.__name__.strip("_")
 )
 def test_quantize_once__scan_over_layers__changes_no_bit(run, recipe):
     def loss(layers, x, c):
         return (jnp.sin(run(layers, x)) * c).sum()
 
     recipe = dataclasses.replace(get_recipe(recipe), observe=True)  # so that it keeps state
-    expected = _two_steps(stack(LAYERS, recipe), loss, X, C_STACK)
-    actual = _two_steps(stack(LAYERS, recipe), loss, X, C_STACK, quantize_once=True)
+    expected = two_steps(stack(LAYERS, recipe), loss, X, C_STACK)
+    actual = two_steps(stack(LAYERS, recipe), loss, X, C_STACK, quantize_once=True)
     assert_same(actual, expected)
 
 
@@ -64,8 +55,8 @@ def test_quantize_once__compute_dtype_of_the_layer__changes_no_bit(dtype):
     def loss(layer, x, c):
         return (layer(x).astype(jnp.float32) * c).sum()
 
-    expected = _two_steps(model(), loss, X, C)
-    assert_same(_two_steps(model(), loss, X, C, quantize_once=True), expected)
+    expected = two_steps(model(), loss, X, C)
+    assert_same(two_steps(model(), loss, X, C, quantize_once=True), expected)
 
 
 @pytest.mark.parametrize("recipe", ["fp8_delayed", "fp8_rowwise"])
@@ -90,8 +81,8 @@ def test_quantize_once__layers_of_other_kinds__are_left_alone(recipe):
     def loss(model, x, c):
         return (model(x) * c).sum()
 
-    expected = _two_steps(model(), loss, X, C)
-    assert_same(_two_steps(model(), loss, X, C, quantize_once=True), expected)
+    expected = two_steps(model(), loss, X, C)
+    assert_same(two_steps(model(), loss, X, C, quantize_once=True), expected)
 
 
 def test_quantize_once__model_after_a_step__is_as_before():

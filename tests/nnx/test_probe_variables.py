@@ -12,48 +12,35 @@ import lowprec_jax as lp
 from lowprec_jax.nnx.sites import iter_sites
 from lowprec_jax.recipes import get_recipe
 
-from .helpers import C, Pair, X, arrays, assert_same, pair_loss, stack
-
-LAYERS = 3
-C_STACK = jnp.stack([C, 5 * C, 3 * C])
-
-
-def _body(x, layer):
-    return 2 * x, layer(x)
-
-
-def _scan(layers, x):
-    return nnx.scan(_body, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(x, layers)[1]
-
-
-def _scan_of_remat(layers, x):
-    body = nnx.remat(_body)
-    return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(x, layers)[1]
-
-
-def _lax_scan_of_checkpoint(layers, x):
-    graphdef, state = nnx.split(layers)
-    body = jax.checkpoint(lambda x, s: _body(x, nnx.merge(graphdef, s)))
-    return jax.lax.scan(body, x, state)[1]
+from .helpers import (
+    C_STACK,
+    LAYERS,
+    C,
+    Pair,
+    X,
+    arrays,
+    assert_same,
+    lax_scan_of_checkpoint,
+    pair_loss,
+    scan,
+    scan_of_remat,
+    stack,
+    two_steps,
+)
 
 
 def _pair(seed=0):
     return lp.nnx.quantize(Pair(nnx.Rngs(seed)), "fp8_delayed")
 
 
-def _two_steps(model, loss, *args, **options):
-    step = nnx.jit(lp.nnx.value_and_grad(loss, **options))
-    return [step(model, f * args[0], *args[1:]) for f in (1.0, 2.0)], arrays(model)
-
-
 @pytest.mark.parametrize(
     ("run", "recipe", "once"),
     [
-        (_scan, "fp8_delayed", False),
-        (_scan, "fp8_current", False),
-        (_scan, "mxfp8", False),
-        (_scan_of_remat, "fp8_delayed", True),
-        (_lax_scan_of_checkpoint, "fp8_delayed", True),
+        (scan, "fp8_delayed", False),
+        (scan, "fp8_current", False),
+        (scan, "mxfp8", False),
+        (scan_of_remat, "fp8_delayed", True),
+        (lax_scan_of_checkpoint, "fp8_delayed", True),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)).strip("_"),
 )
@@ -62,9 +49,9 @@ def test_probes__scan_over_layers__changes_no_bit(run, recipe, once):
         return (jnp.sin(run(layers, x)) * c).sum()
 
     recipe = dataclasses.replace(get_recipe(recipe), observe=True)  # so that it keeps state
-    expected = _two_steps(stack(LAYERS, recipe), loss, X, C_STACK)
+    expected = two_steps(stack(LAYERS, recipe), loss, X, C_STACK)
     options = {"probes": True, "quantize_once": once}
-    assert_same(_two_steps(stack(LAYERS, recipe), loss, X, C_STACK, **options), expected)
+    assert_same(two_steps(stack(LAYERS, recipe), loss, X, C_STACK, **options), expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -116,7 +103,7 @@ def test_probes__program__has_no_refs_and_is_smaller():
     graphdef, state = nnx.split(model)
 
     def loss(layers, x):
-        return (jnp.sin(_scan(layers, x)) * C_STACK).sum()
+        return (jnp.sin(scan(layers, x)) * C_STACK).sum()
 
     def lines(**options):
         def step(state):

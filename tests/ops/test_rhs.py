@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowprec_jax import ops
+from lowprec_jax import ops, state
 from lowprec_jax.recipes import (
     FP8_CURRENT,
     FP8_DELAYED,
@@ -123,3 +123,29 @@ def test_dot_general__kernel_given__a_scan_stacks_neither_it_nor_scales():
     assert kernel not in stacked(given)
     # The kept input, what tanh keeps of its own, and the counts of both operands.
     assert set(stacked(given)) == {ROWS * INPUTS, 2 * 4}
+
+
+@pytest.mark.parametrize("which", ["fwd", "dgrad", "wgrad"])
+@pytest.mark.parametrize("given", [False, True])
+def test_dot_general__delayed_and_rotated__scale_is_that_of_the_rotated_operand(which, given):
+    """The history holds amaxes of operands as they are: it knows no scale of rotated ones."""
+    recipe = get_recipe("fp8_delayed")
+    gemm = recipe.gemm(which)
+    left, right = (dataclasses.replace(q, hadamard=16) for q in (gemm.left, gemm.right))
+    rotated = dataclasses.replace(gemm, left=left, right=right)
+    recipe = dataclasses.replace(recipe, name="rotated", **{which: rotated})
+    rng = np.random.default_rng(0)
+    x, w, c = (rng.normal(size=s).astype(np.float32) for s in ((32, 64), (64, 32), (32, 32)))
+
+    def loss(operands, live):
+        x, w = operands
+        history = live["amax_history"]
+        codes = ops.quantize_rhs(w, (0,), recipe=recipe, history=history) if given else None
+        y = ops.dot_general(x, w, NN, recipe=recipe, state=live, rhs_quantized=codes)
+        return (y * c).sum(), y
+
+    scaling = init_state(recipe)
+    ((_, y), grads), _ = state.value_and_grad(loss, has_aux=True)((x, w), scaling)
+    for actual, exact in ((y, x @ w), (grads[0], c @ w.T), (grads[1], x.T @ c)):
+        error = np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+        assert error < 2**-4 + 2**-3  # the largest rounding errors of e4m3 and e5m2
