@@ -44,17 +44,20 @@ def round_to_float(
     value = lax.mul(rounded, lax.sign(x))  # which keeps -0 and NaN
     sign = lax.shift_right_logical(_as_bits(x), np.uint32(32 - fmt.bits))
     sign = lax.bitwise_and(sign, np.uint32(fmt.sign_bit))
+    # Joined as they are stored, not before: XLA:CPU computes again, for every use, what is made of
+    # one large array. What is made of two it keeps.
+    stored = np.dtype(f"uint{8 * fmt.dtype.itemsize}")
+    code, sign = (lax.convert_element_type(bits, stored) for bits in (code, sign))
     if fmt.has_negative_zero:
         code = lax.bitwise_or(code, sign)
     else:
-        code = code & np.uint32(fmt.sign_bit - 1)
-        code = lax.select(code == np.uint32(0), code, code | sign)
+        code = code & stored.type(fmt.sign_bit - 1)
+        code = lax.select(code == stored.type(0), code, code | sign)
     if not fmt.nonfinite:  # NaN is the code of -0, or there is none
         is_nan = lax.ne(magnitude, magnitude)
         code = lax.select(is_nan, _filled(code, fmt.sign_bit), code)
         if fmt.nan_code is None:
             value = lax.select(is_nan, _as_float(_filled(_as_bits(value), 0)), value)
-    code = lax.convert_element_type(code, f"uint{8 * fmt.dtype.itemsize}")
     return lax.bitcast_convert_type(code, fmt.dtype), value
 
 
