@@ -42,17 +42,15 @@ def round_to_float(
         _nearest(clipped, binade, fmt) if key is None else _stochastic(clipped, binade, fmt, key)
     )
     value = lax.mul(rounded, lax.sign(x))  # which keeps -0 and NaN
-    sign = lax.shift_right_logical(_as_bits(x), np.uint32(32 - fmt.bits))
-    sign = lax.bitwise_and(sign, np.uint32(fmt.sign_bit))
-    # Joined as they are stored, not before: XLA:CPU computes again, for every use, what is made of
-    # one large array. What is made of two it keeps.
     stored = np.dtype(f"uint{8 * fmt.dtype.itemsize}")
-    code, sign = (lax.convert_element_type(bits, stored) for bits in (code, sign))
-    if fmt.has_negative_zero:
-        code = lax.bitwise_or(code, sign)
-    else:
+    code = lax.convert_element_type(code, stored)
+    negative = lax.lt(lax.bitcast_convert_type(x, jnp.int32), np.int32(0))
+    if not fmt.has_negative_zero:
         code = code & stored.type(fmt.sign_bit - 1)
-        code = lax.select(code == stored.type(0), code, code | sign)
+        negative = negative & (code != stored.type(0))
+    # The sign joins last: XLA:CPU computes again, for every use, what is made of one large array;
+    # what is made of two, as here, is kept.
+    code = lax.select(negative, code | stored.type(fmt.sign_bit), code)
     if not fmt.nonfinite:  # NaN is the code of -0, or there is none
         is_nan = lax.ne(magnitude, magnitude)
         code = lax.select(is_nan, _filled(code, fmt.sign_bit), code)
