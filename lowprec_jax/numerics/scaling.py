@@ -18,7 +18,7 @@ MIN_SCALE = 2.0**-126
 MAX_SCALE = 2.0**126
 # XLA flushes subnormal f32 to zero on CPU: an amax below this counts as zero everywhere.
 MIN_AMAX = 2.0**-126
-_MINUS_ONE = np.float32(-1).view(np.uint32)
+_MINUS_ONE = np.float32(-1).view(np.int32)
 
 
 def compute_amax(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
@@ -112,13 +112,14 @@ def scale_from_history(amax: jax.Array, factor: np.ndarray, powers_of_two: np.nd
     scale = _scaled(amax, jnp.broadcast_to(factor, shape))
     if powers_of_two.any():
         scale = jnp.where(powers_of_two[..., None], round_up_to_power_of_two(scale), scale)
-    # -1 is less than every scale, and its magnitude is what stands for none. It is made from the
-    # scales so that it is not hoisted either.
-    bits = lax.bitcast_convert_type(scale, jnp.uint32)
-    minus_one = lax.bitwise_or(lax.bitwise_and(bits, np.uint32(0)), _MINUS_ONE)
-    none = lax.bitcast_convert_type(minus_one, jnp.float32)
-    known = lax.select(usable(amax), scale, none)
-    return lax.abs(lax.reduce(known, np.float32(-1), lax.max, (known.ndim - 1,)))
+    # The order of positive floats is that of their bits, of which XLA:CPU finds the largest in the
+    # same kernel as the scales. -1 is less than every scale, and its magnitude is what stands for
+    # none. It is made from the scales so that it is not hoisted either.
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    none = lax.bitwise_or(lax.bitwise_and(bits, np.int32(0)), _MINUS_ONE)
+    known = lax.select(usable(amax), bits, none)
+    largest = lax.reduce(known, _MINUS_ONE, lax.max, (known.ndim - 1,))
+    return lax.abs(lax.bitcast_convert_type(largest, jnp.float32))
 
 
 def _scaled(amax: jax.Array, factor: jax.Array | np.float32) -> jax.Array:
