@@ -16,7 +16,8 @@ from lowprec_jax.numerics.casting import Rounding, cast, cast_with_values, decod
 from lowprec_jax.numerics.codebook_format import CodebookFormat
 from lowprec_jax.numerics.diagnostics import (
     RangeStatistics,
-    range_row,
+    range_counts,
+    range_numbers,
     range_statistics,
     saturated_fraction,
     sqnr_db,
@@ -125,7 +126,8 @@ __all__ = [
     "quantize",
     "quantize_mx",
     "quantize_nvfp4",
-    "range_row",
+    "range_counts",
+    "range_numbers",
     "range_statistics",
     "reciprocal",
     "register_format",

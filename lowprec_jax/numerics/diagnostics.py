@@ -40,19 +40,20 @@ class RangeStatistics(NamedTuple):
 
 
 def range_statistics(x: jax.Array, scale: jax.Array, fmt: Format) -> RangeStatistics:
-    """amax and the three counts in one pass, see `range_row`.
+    """amax and the three counts in one pass, see `range_counts`.
 
     Args:
       x: float array, any shape.
       scale: the scale it is quantized with, f32, broadcastable to `x`.
       fmt: the format it is quantized to.
     """
-    row = range_row(x, reciprocal(scale), fmt)
-    return RangeStatistics(*(row[0, column] for column in range(4)))
+    counts = range_counts(x, reciprocal(scale), fmt)
+    numbers = range_numbers(counts)
+    return RangeStatistics(*(numbers[0, column] for column in range(4)))
 
 
-def range_row(x: jax.Array, factor: jax.Array, fmt: Format) -> jax.Array:
-    """`RangeStatistics` as f32[1, 4].
+def range_counts(x: jax.Array, factor: jax.Array, fmt: Format) -> jax.Array:
+    """`RangeStatistics` as int32[1, 4]: the bits of the amax in f32, and the three counts.
 
     One variadic reduction: on XLA:CPU three separate ones take about 30 times as long.
 
@@ -75,14 +76,20 @@ def range_row(x: jax.Array, factor: jax.Array, fmt: Format) -> jax.Array:
     def combine(a, b):
         return (lax.max(a[0], b[0]), *(lax.add(p, q) for p, q in zip(a[1:], b[1:], strict=True)))
 
-    largest, *totals = lax.reduce(
+    totals = lax.reduce(
         (bits, *(lax.convert_element_type(c, jnp.int32) for c in counts)),
         (np.int32(0),) * (1 + len(counts)),
         combine,
         tuple(range(2, bits.ndim)),
     )
-    amax = lax.bitcast_convert_type(largest, jnp.float32)
-    return lax.concatenate([amax, *(lax.convert_element_type(n, jnp.float32) for n in totals)], 1)
+    return lax.concatenate(totals, 1)
+
+
+def range_numbers(counts: jax.Array) -> jax.Array:
+    """f32[n, 4] of int32[n, 4] from `range_counts`."""
+    bits, others = lax.split(counts, (1, counts.shape[1] - 1), axis=1)
+    amax = lax.bitcast_convert_type(bits, jnp.float32)
+    return lax.concatenate((amax, lax.convert_element_type(others, jnp.float32)), 1)
 
 
 def saturated_fraction(x: jax.Array, scale: jax.Array, fmt: Format) -> jax.Array:

@@ -20,7 +20,7 @@ from lowprec_jax import compat
 from lowprec_jax.numerics import Quantizer
 from lowprec_jax.ops import backends, sinks
 from lowprec_jax.ops.conv_product import Convolution, multiply
-from lowprec_jax.ops.observation import observation_of, observe
+from lowprec_jax.ops.observation import amaxes_of, observation_of, observe
 from lowprec_jax.ops.operands import Forms, as_codes, forms_of, keep, known_of
 from lowprec_jax.ops.randomness import rounding_key
 from lowprec_jax.ops.site_state import (
@@ -30,7 +30,7 @@ from lowprec_jax.ops.site_state import (
     require_rounding,
     require_sink,
 )
-from lowprec_jax.recipes import Gemm, Recipe, Role, amax_only, get_recipe
+from lowprec_jax.recipes import Gemm, Recipe, Role, get_recipe
 
 
 def conv_general_dilated(
@@ -171,9 +171,9 @@ def _without_rotation(recipe: Recipe) -> Recipe:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(call: _Call, lhs, rhs, history, sink, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, rows = _forward(call, lhs, rhs, history, observing=sink is not None)
-    if rows is not None:
-        sinks.write(sink, observation_of(rows, (lhs.size, rhs.size)))
+    out, _, counts = _forward(call, lhs, rhs, history, observing=sink is not None)
+    if counts is not None:
+        sinks.write(sink, observation_of(counts, (lhs.size, rhs.size)))
     return out
 
 
@@ -181,11 +181,11 @@ def _fwd(call: _Call, lhs, rhs, history, sink, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
     _check_mesh(lhs, rhs)
-    out, kept, rows = _forward(call, lhs, rhs, history, observing=sink is not None)
-    if rows is not None and not isinstance(sink, sinks.Probe):
+    out, kept, counts = _forward(call, lhs, rhs, history, observing=sink is not None)
+    if counts is not None and not isinstance(sink, sinks.Probe):
         # As in `dot_general`: the amaxes already here, for a frozen trunk.
-        sinks.write(sink, amax_only(observation_of(rows, (lhs.size, rhs.size))))
-    return out, (*kept, history, rows, sink, rounding)
+        sinks.write(sink, amaxes_of(counts))
+    return out, (*kept, history, counts, sink, rounding)
 
 
 def _check_mesh(*operands: jax.Array) -> None:
@@ -207,14 +207,14 @@ def _forward(call: _Call, lhs, rhs, history, *, observing: bool):
     gemm = recipe.gemm("fwd")
     out = multiply(convolution.forward, left.first, right.first, gemm, precision=call.precision)
     kept = keep(left.second, "quantized_lhs"), keep(right.second, "quantized_rhs")
-    rows = None
+    counts = None
     if observing:
-        rows = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe, known)
-    return out.astype(call.dtype), kept, rows
+        counts = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe, known)
+    return out.astype(call.dtype), kept, counts
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept_lhs, kept_rhs, history, rows, sink, rounding = residuals
+    kept_lhs, kept_rhs, history, counts, sink, rounding = residuals
     recipe, convolution = call.recipe, call.convolution
     known = known_of({Role.OUTPUT_GRAD: grad}, recipe, history)
     key = rounding and rounding_key(grad, *rounding)
@@ -228,7 +228,7 @@ def _bwd(call: _Call, residuals, grad):
     if sink is not None:
         row = observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe, known)
         sizes = math.prod(call.lhs.shape), math.prod(call.rhs.shape), grad.size
-        probe = sinks.write(sink, observation_of(lax.concatenate((rows, row), 0), sizes))
+        probe = sinks.write(sink, observation_of(lax.concatenate((counts, row), 0), sizes))
     return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), None, probe, None
 
 

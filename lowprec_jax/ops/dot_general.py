@@ -20,7 +20,7 @@ from lowprec_jax.numerics import ScaledArray
 from lowprec_jax.ops import sinks
 from lowprec_jax.ops.dimensions import Dimensions
 from lowprec_jax.ops.gather import Gather, gather, reduce_scatter
-from lowprec_jax.ops.observation import observation_of, observe
+from lowprec_jax.ops.observation import amaxes_of, observation_of, observe
 from lowprec_jax.ops.operands import (
     Known,
     Operand,
@@ -44,7 +44,7 @@ from lowprec_jax.ops.site_state import (
     require_rounding,
     require_sink,
 )
-from lowprec_jax.recipes import Recipe, Role, amax_only, get_recipe
+from lowprec_jax.recipes import Recipe, Role, get_recipe
 
 
 def dot_general(
@@ -169,20 +169,20 @@ class _Call:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(call: _Call, lhs, rhs, history, sink, codes, rounding: Rounding):
     del rounding  # of the output gradient
-    out, _, rows = _forward(call, lhs, rhs, history, codes, observing=sink is not None)
-    if rows is not None:
-        sinks.write(sink, observation_of(rows, (call.lhs.size, call.rhs.size)))
+    out, _, counts = _forward(call, lhs, rhs, history, codes, observing=sink is not None)
+    if counts is not None:
+        sinks.write(sink, observation_of(counts, (call.lhs.size, call.rhs.size)))
     return out
 
 
 def _fwd(call: _Call, lhs, rhs, history, sink, codes, rounding: Rounding):
     require_sink(call.recipe, sink)
     require_rounding(call.recipe, rounding)
-    out, kept, rows = _forward(call, lhs, rhs, history, codes, observing=sink is not None)
-    if rows is not None and not isinstance(sink, sinks.Probe):
+    out, kept, counts = _forward(call, lhs, rhs, history, codes, observing=sink is not None)
+    if counts is not None and not isinstance(sink, sinks.Probe):
         # The amaxes already here, for a trunk that is frozen by stop_gradient on its output: its
         # backward rule never runs. Not the counts: under remat this rule runs twice.
-        sinks.write(sink, amax_only(observation_of(rows, (call.lhs.size, call.rhs.size))))
+        sinks.write(sink, amaxes_of(counts))
     left, right = (
         None if x is None else keep(x, name)
         for x, name in zip(kept, ("quantized_lhs", "quantized_rhs"), strict=True)
@@ -192,7 +192,7 @@ def _fwd(call: _Call, lhs, rhs, history, sink, codes, rounding: Rounding):
         right = without_scale(right, call.recipe.quantizers_of(Role.RHS)[1])
     # Codes that were given are kept as they came: a scan stacks nothing that it was given.
     kept = left, codes if right is None else right
-    return out, (kept, history, rows, sink, rounding)
+    return out, (kept, history, counts, sink, rounding)
 
 
 # Compiled functions of their own, so that JAX traces them once for all layers of the same shapes.
@@ -217,24 +217,24 @@ def _forward(call: _Call, lhs, rhs, history, codes, *, observing: bool):
         as_bytes(left.second.transpose(dims.lhs_to_wgrad)),
         None if right.second is given else as_bytes(right.second),
     )
-    rows = None
+    counts = None
     if observing:
-        rows = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe, known)
-    return out.astype(call.dtype), kept, rows
+        counts = observe({Role.LHS: (lhs, left), Role.RHS: (rhs, right)}, recipe, known)
+    return out.astype(call.dtype), kept, counts
 
 
 def _bwd(call: _Call, residuals, grad):
-    kept, history, rows, sink, rounding = residuals
-    dlhs, drhs, rows = _backward(call, kept, history, rounding, grad, rows)
+    kept, history, counts, sink, rounding = residuals
+    dlhs, drhs, counts = _backward(call, kept, history, rounding, grad, counts)
     probe = None
     if sink is not None:
         sizes = call.lhs.size, call.rhs.size, grad.size
-        probe = sinks.write(sink, observation_of(rows, sizes))
+        probe = sinks.write(sink, observation_of(counts, sizes))
     return dlhs, drhs, None, probe, None, None
 
 
 @functools.partial(jax.jit, static_argnames="call")
-def _backward(call: _Call, kept, history, rounding, grad, rows):
+def _backward(call: _Call, kept, history, rounding, grad, counts):
     """The gradients of the operands, and what was observed of all three."""
     recipe, dims = call.recipe, call.dims
     known = known_of({Role.OUTPUT_GRAD: grad}, recipe, history)
@@ -260,10 +260,10 @@ def _backward(call: _Call, kept, history, rounding, grad, rows):
         out_sharding=compat.permute_sharding(call.rhs.sharding, _inverse(dims.wgrad_to_rhs)),
     ).transpose(dims.wgrad_to_rhs)
     drhs = reduce_scatter(drhs, call.gather)
-    if rows is not None:
+    if counts is not None:
         row = observe({Role.OUTPUT_GRAD: (grad, forms)}, recipe, known)
-        rows = lax.concatenate((rows, row), 0)
-    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), rows
+        counts = lax.concatenate((counts, row), 0)
+    return dlhs.astype(call.lhs.dtype), drhs.astype(call.rhs.dtype), counts
 
 
 def _with_scale(x: Operand, known: Known, role: Role, which: int) -> Operand:
