@@ -149,8 +149,10 @@ def _round_to_integer(
         lower = jnp.floor(steps)
         up = uniform(key, x.shape) < steps - lower
         whole = lower + up.astype(jnp.float32)
-    whole = jnp.where(jnp.isnan(x), 0, whole)
-    return whole.astype(fmt.dtype), whole * np.float32(fmt.step)
+    # Zero for NaN joins the codes as they are stored, see `round_to_float`.
+    is_nan = jnp.isnan(x)
+    codes = jnp.where(is_nan, 0, whole.astype(fmt.dtype))
+    return codes, jnp.where(is_nan, 0, whole) * np.float32(fmt.step)
 
 
 def _round_to_codebook(x: jax.Array, fmt: CodebookFormat, key: jax.Array | None) -> jax.Array:

@@ -214,7 +214,7 @@ def _forward(call: _Call, lhs, rhs, history, codes, *, observing: bool):
         backend=call.backend,
     )
     kept = (
-        as_bytes(left.second.transpose(dims.lhs_to_wgrad)),
+        as_bytes(left.second).transpose(dims.lhs_to_wgrad),
         None if right.second is given else as_bytes(right.second),
     )
     counts = None
@@ -271,7 +271,7 @@ def _with_scale(x: Operand, known: Known, role: Role, which: int) -> Operand:
     if not isinstance(x, ScaledArray) or x.scale is not None:
         return x
     assert isinstance(known, Scales)
-    return dataclasses.replace(x, scale=known.scale_of(role, which))
+    return dataclasses.replace(x, scale=known.scale[role][which])
 
 
 _dot.defvjp(_fwd, _bwd)

@@ -58,7 +58,7 @@ def _row(x: jax.Array, role: Role, forms: Forms, recipe: Recipe, known: Known) -
     form = forms[index]
     assert isinstance(form, ScaledArray)
     if isinstance(known, Scales):
-        factor = known.factor_of(role, index)
+        factor = known.reciprocal[role][index]
     else:
         scale = spread(form.scale, x.shape, form.tile)
         factor = reciprocal(scale if form.global_scale is None else scale * form.global_scale)

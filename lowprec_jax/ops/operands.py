@@ -21,24 +21,13 @@ Operand = ScaledArray | jax.Array
 
 
 class Scales(NamedTuple):
-    """What delayed scaling knows: f32[*stack, 3, 2], see `history_scales`, and ``1 / scale``."""
+    """What delayed scaling knows: scales f32[*stack], and ``1 / scale``.
 
-    scale: jax.Array
-    reciprocal: jax.Array
+    By role, each in the first and the second GEMM that uses it.
+    """
 
-    def scale_of(self, role: Role, which: int) -> jax.Array:
-        """The scale f32[*stack] of a role in the first or the second GEMM that uses it."""
-        return _entry(self.scale, role, which)
-
-    def factor_of(self, role: Role, which: int) -> jax.Array:
-        """The reciprocal of `scale_of`."""
-        return _entry(self.reciprocal, role, which)
-
-
-def _entry(x: jax.Array, row: int, column: int) -> jax.Array:
-    stack = x.shape[:-2]
-    entry = lax.slice(x, (*(0,) * len(stack), row, column), (*stack, row + 1, column + 1))
-    return lax.reshape(entry, stack)
+    scale: Sequence[Sequence[jax.Array]]
+    reciprocal: Sequence[Sequence[jax.Array]]
 
 
 # Current scaling knows the amaxes of tensors, f32 [].
@@ -95,7 +84,7 @@ def forms_of(
 def _known(known: Known, role: Role, which: int) -> Mapping[str, jax.Array | None]:
     """What a quantizer takes: the amax of a tensor, or scale and reciprocal of one of its forms."""
     if isinstance(known, Scales):
-        return {"scale": known.scale_of(role, which), "factor": known.factor_of(role, which)}
+        return {"scale": known.scale[role][which], "factor": known.reciprocal[role][which]}
     return {"tensor_amax": known.get(role)}
 
 
@@ -152,7 +141,14 @@ def known_of(
 def _scales(history: jax.Array, recipe: Recipe) -> Scales:
     # All of a site at once: a division is computed by itself, and read by all that need it.
     scales = history_scales(history, recipe)
-    return Scales(scales, reciprocal(scales))
+    return Scales(_entries(scales), _entries(reciprocal(scales)))
+
+
+def _entries(x: jax.Array) -> list[list[jax.Array]]:
+    """The entries f32[*stack] of f32[*stack, 3, 2]."""
+    last = x.ndim - 1
+    rows = [lax.split(row, (1, 1), last) for row in lax.split(x, (1,) * len(Role), last - 1)]
+    return [[lax.squeeze(entry, (last - 1, last)) for entry in row] for row in rows]
 
 
 def current_amax(

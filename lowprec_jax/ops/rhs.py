@@ -68,7 +68,7 @@ def _form_by_history(rhs: jax.Array, history: jax.Array, *, recipe: Recipe) -> O
     assert recipe.fwd.right is not None
     known = known_of({}, recipe, history)
     assert isinstance(known, Scales)
-    scale, factor = known.scale_of(Role.RHS, 0), known.factor_of(Role.RHS, 0)
+    scale, factor = known.scale[Role.RHS][0], known.reciprocal[Role.RHS][0]
     factor = lax.reshape(factor, (*factor.shape, *(1,) * (rhs.ndim - factor.ndim)))
     form = recipe.fwd.right(rhs, scale=scale, factor=jnp.broadcast_to(factor, rhs.shape))
     return without_scale(as_bytes(form), recipe.fwd.right)

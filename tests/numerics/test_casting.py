@@ -242,3 +242,21 @@ def test_cast__stochastic_to_a_compute_or_scale_type__raises(fmt):
 def test_cast__unknown_rounding__raises_and_names_the_known():
     with pytest.raises(ValueError, match="rounding is 'up'; use one of nearest, stochastic"):
         cast(jnp.ones(3), numerics.E4M3FN, rounding="up")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts what XLA:CPU makes of it")
+@pytest.mark.parametrize(
+    ("name", "opcode"),
+    [("e4m3fn", "abs"), ("e5m2", "abs"), ("e4m3fnuz", "abs"), ("int8", "round-nearest-even")],
+)
+def test_cast__codes_that_are_kept_and_multiplied__are_computed_once(name, opcode):
+    fmt = numerics.get_format(name)
+
+    def keep_and_multiply(x, w):
+        codes = cast(3 * x, fmt)
+        kept = codes.view(jnp.uint8) if isinstance(fmt, FloatFormat) else codes
+        return kept, jnp.dot(numerics.decode(codes, fmt, jnp.bfloat16), w)
+
+    x, w = (jax.ShapeDtypeStruct((256, 256), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    program = jax.jit(keep_and_multiply).lower(x, w).compile().as_text()
+    assert program.count(f" {opcode}(") == 1
