@@ -18,6 +18,8 @@ from lowprec_jax.training.wandb_run import WandbRun
 __all__ = ["EventLog", "MetricsLog", "Record"]
 
 Record = dict[str, Any]
+# Of a row of `operand_table`; its size says nothing that changes.
+LOGGED_COLUMNS = tuple(OperandColumn)[: OperandColumn.SIZE]
 
 
 class MetricsLog:
@@ -161,7 +163,7 @@ def _numbers(record: Record) -> Iterator[tuple[str, float]]:
         if isinstance(value, int | float) and name != "step":
             yield name, value
     for name, row in record.get("operands", {}).items():
-        for column, value in zip(OperandColumn, row, strict=False):  # sizes are not logged
+        for column, value in zip(LOGGED_COLUMNS, row, strict=True):
             yield f"operand/{name}/{column.name.lower()}", value
     for path, value in record.get("sqnr", {}).items():
         yield f"sqnr/{path}", value

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lowprec_jax.state import OperandColumn, summarize
+from lowprec_jax.state import summarize
 from lowprec_jax.training.efficiency import Clock
-from lowprec_jax.training.metrics_log import MetricsLog, Record
+from lowprec_jax.training.metrics_log import LOGGED_COLUMNS, MetricsLog, Record
 from lowprec_jax.training.progress_line import ProgressLine
 from lowprec_jax.training.step import StepMetrics
 
@@ -128,7 +128,7 @@ class StepReader:
         """
         if self._read is None or self._read.metrics.operands is None:
             return {}
-        table = np.asarray(jax.device_get(self._read.metrics.operands))[:, : OperandColumn.SIZE]
+        table = np.asarray(jax.device_get(self._read.metrics.operands))[:, : len(LOGGED_COLUMNS)]
         # By its shortest text, which names the same float32, a number takes half the place on disk.
         rows = [[float(str(x)) for x in row] for row in table]
         return dict(zip(self._read.names, rows, strict=True))

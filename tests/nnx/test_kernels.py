@@ -34,7 +34,7 @@ from .helpers import (
 
 @pytest.mark.parametrize("recipe", ["fp8_delayed", "fp8_current", "mxfp8", "fp8_block"])
 @pytest.mark.parametrize(
-    "run", [scan, scan_of_remat, lax_scan_of_checkpoint], ids=lambda f: f.__name__.strip("_")
+    "run", [scan, scan_of_remat, lax_scan_of_checkpoint], ids=lambda f: f.__name__
 )
 def test_quantize_once__scan_over_layers__changes_no_bit(run, recipe):
     def loss(layers, x, c):
